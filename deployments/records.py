@@ -1,0 +1,82 @@
+"""What travels between the deployments and what is stored: metadata only, no tensors, no torch.
+
+One video has one `VideoRequestRecord`, written before its creator hears of it, and one `VideoRecord`, whose stored
+form is the commit: a chunk exists for viewers once the record that names it is in the store.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from helios_core.spec import VideoSpec
+
+Status = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StoredObject(Record):
+    """A stored object by its key, with what is needed to check it. `bytes`: its length."""
+
+    key: str
+    bytes: int
+    sha256: str
+
+
+class Timings(Record):
+    """Seconds of one chunk's life, as the replicas measured them, and when its sampling began (Unix time)."""
+
+    sample_started_at: float
+    sample_seconds: float
+    decode_seconds: float
+    encode_seconds: float
+    store_seconds: float
+
+
+class ChunkRecord(Record):
+    """One committed chunk: its fragment, the state after it, and how it came about."""
+
+    index: int
+    frames: int
+    steps: int  # transformer steps that were run
+    fragment: StoredObject
+    state: StoredObject
+    timings: Timings
+
+
+class VideoError(Record):
+    """Why a video failed: `code` is stable, `message` is for people."""
+
+    code: str
+    message: str
+
+
+class VideoRequestRecord(Record):
+    """What was asked for: videos/{id}/request.json."""
+
+    id: str
+    created_at: float  # Unix time
+    spec: VideoSpec
+    traceparent: str | None = None
+
+
+class VideoRecord(Record):
+    """Where a video stands: videos/{id}/record.t{term}.json. The highest term counts."""
+
+    id: str
+    created_at: float  # Unix time
+    spec: VideoSpec
+    status: Status = "queued"
+    init: StoredObject | None = None  # with the first chunk
+    chunks: tuple[ChunkRecord, ...] = ()
+    started_at: float | None = None
+    completed_at: float | None = None
+    error: VideoError | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self.status in ("completed", "failed", "cancelled")

@@ -1,0 +1,55 @@
+"""Errors of our own: each names the thing, the value and what is allowed.
+
+HeliosError                what we raise on purpose; never retried by the service
+├── InvalidInput           a request that cannot be served: the caller's to mend
+├── CheckpointError        a model folder or hub id that cannot be loaded
+├── MediaError             frames that cannot be encoded
+└── Cancelled              the work was stopped because nobody wants it any more
+
+All arguments go to the base constructor, so that an error survives pickling between processes.
+"""
+
+from __future__ import annotations
+
+
+class HeliosError(Exception):
+    """Base of all errors raised on purpose. `code` is the stable name that travels in HTTP answers."""
+
+    code = "helios_error"
+
+
+class InvalidInput(HeliosError):
+    """A request that cannot be served.
+
+    `field`: the request's field; `value`: what was given; `allowed`: the allowed range, in words.
+    """
+
+    code = "invalid_input"
+
+    def __init__(self, field: str, value: object, allowed: str) -> None:
+        super().__init__(field, value, allowed)
+        self.field, self.value, self.allowed = field, value, allowed
+
+    def __str__(self) -> str:
+        shown = repr(self.value)
+        if len(shown) > 80:
+            shown = shown[:77] + "..."
+        return f"{self.field} is {shown}; allowed: {self.allowed}"
+
+
+class CheckpointError(HeliosError):
+    """A model that cannot be loaded. The message names the file and, where there is one, the key and both shapes."""
+
+    code = "checkpoint_error"
+
+
+class MediaError(HeliosError):
+    """Frames that cannot be encoded. The message names the fragment and what was wrong."""
+
+    code = "media_error"
+
+
+class Cancelled(HeliosError):
+    """The work was stopped on request; what was committed before stays valid."""
+
+    code = "cancelled"
