@@ -1,0 +1,133 @@
+"""The VAE by itself: what it promises about frames, shapes and state. tests/parity compares the numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from helios_core.config import VaeConfig
+from helios_core.vae.latents import decode_chunk, denormalise, normalise, to_uint8
+from helios_core.vae.model import WanVae
+
+TINY = VaeConfig(base_dim=4, num_res_blocks=1)
+TINY_FOLDED = VaeConfig(
+    base_dim=4,
+    num_res_blocks=1,
+    dim_mult=(1, 2, 4),
+    temperal_downsample=(True, True),
+    patch_size=2,
+    in_channels=12,
+    out_channels=12,
+)
+
+
+@pytest.fixture(scope="module", params=[TINY, TINY_FOLDED], ids=["plain", "folded"])
+def vae(request: pytest.FixtureRequest) -> WanVae:
+    torch.manual_seed(0)
+    return WanVae(request.param).requires_grad_(False)
+
+
+def latents(seed: int, t: int, batch: int = 1) -> Tensor:
+    return torch.randn(batch, 16, t, 4, 6, generator=torch.Generator().manual_seed(seed))
+
+
+def video(seed: int, t: int, batch: int = 1) -> Tensor:
+    return torch.rand(batch, 3, t, 32, 48, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def test_decoding_frame_by_frame_equals_the_whole(vae: WanVae) -> None:
+    z = latents(seed=1, t=4, batch=2)
+    frames = list(vae.decode_frames(z))
+    assert [f.shape for f in frames] == [(2, 3, 1, 32, 48)] + [(2, 3, 4, 32, 48)] * 3
+    assert torch.equal(torch.cat(frames, dim=2), vae.decode(z))
+
+
+def test_interleaved_decodes_do_not_disturb_each_other(vae: WanVae) -> None:
+    a, b = latents(seed=1, t=4), latents(seed=2, t=4)
+    expected_a, expected_b = list(vae.decode_frames(a)), list(vae.decode_frames(b))
+    for i, (frame_a, frame_b) in enumerate(zip(vae.decode_frames(a), vae.decode_frames(b), strict=True)):
+        vae.encode(video(seed=i, t=5))
+        assert torch.equal(frame_a, expected_a[i])
+        assert torch.equal(frame_b, expected_b[i])
+
+
+def test_an_abandoned_decode_leaves_nothing_behind(vae: WanVae) -> None:
+    expected = vae.decode(latents(seed=1, t=3))
+    next(vae.decode_frames(latents(seed=2, t=3)))
+    assert torch.equal(vae.decode(latents(seed=1, t=3)), expected)
+
+
+def test_decoding_is_causal(vae: WanVae) -> None:
+    z = latents(seed=1, t=4)
+    changed = z.clone()
+    changed[:, :, 2:] += 1
+    before, after = vae.decode(z), vae.decode(changed)
+    assert torch.equal(before[:, :, :5], after[:, :, :5])
+    assert (before[:, :, 5:] - after[:, :, 5:]).abs().amax(dim=(0, 1, 3, 4)).min() > 0
+
+
+def test_pixels_are_clamped(vae: WanVae) -> None:
+    pixels = vae.decode(latents(seed=1, t=2) * 100)
+    assert pixels.abs().max() == 1
+
+
+def test_a_video_begins_with_the_latents_of_its_first_image(vae: WanVae) -> None:
+    frames = video(seed=1, t=9)
+    for whole, image in zip(vae.encode(frames), vae.encode(frames[:, :, :1]), strict=True):
+        assert whole.shape == (1, 16, 3, 4, 6)
+        assert torch.equal(whole[:, :, :1], image)
+
+
+@pytest.mark.parametrize(("t", "h", "w"), [(4, 32, 48), (0, 32, 48), (5, 36, 48), (5, 32, 44)])
+def test_encoding_refuses_what_does_not_fit(vae: WanVae, t: int, h: int, w: int) -> None:
+    with pytest.raises(ValueError, match="cannot be encoded; allowed"):
+        vae.encode(torch.zeros(1, 3, t, h, w))
+
+
+def test_gradients_reach_every_parameter() -> None:
+    torch.manual_seed(0)
+    vae = WanVae(TINY)
+    mean, logvar = vae.encode(video(seed=1, t=9))
+    (vae.decode(mean).square().mean() + logvar.square().mean()).backward()
+    assert all(p.grad is not None and p.grad.any() for p in vae.parameters())
+
+
+def test_building_on_the_meta_device_makes_parameters_only() -> None:
+    with torch.device("meta"):
+        vae = WanVae(VaeConfig())
+    assert all(p.is_meta for p in vae.parameters())
+    assert not list(vae.buffers())
+
+
+def test_normalised_latents_come_back() -> None:
+    z = latents(seed=1, t=3) * 3
+    back = denormalise(normalise(z, TINY), TINY)
+    torch.testing.assert_close(back, z, rtol=0, atol=2e-6)
+
+
+def test_normalising_uses_each_channel_s_own_numbers() -> None:
+    at_mean = torch.tensor(TINY.latents_mean).view(1, 16, 1, 1, 1)
+    one_up = at_mean + torch.tensor(TINY.latents_std).view(1, 16, 1, 1, 1)
+    assert torch.equal(normalise(at_mean, TINY), torch.zeros(1, 16, 1, 1, 1))
+    torch.testing.assert_close(normalise(one_up, TINY), torch.ones(1, 16, 1, 1, 1))
+
+
+def test_pixels_become_rounded_bytes() -> None:
+    levels = torch.tensor([-3.0, -1.0, 0.2 / 127.5 - 1, 0.8 / 127.5 - 1, 0.0, 1.0, 3.0])
+    frames = levels.view(1, 1, 7, 1, 1).expand(1, 3, 7, 2, 4)
+    pixels = to_uint8(frames)
+    assert pixels.shape == (7, 2, 4, 3)
+    assert pixels.dtype == torch.uint8
+    assert pixels.is_contiguous()
+    assert pixels[:, 0, 0, 0].tolist() == [0, 0, 0, 1, 128, 255, 255]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_chunk_becomes_33_frames(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    vae = WanVae(TINY).to(dtype)
+    z = latents(seed=1, t=9)
+    pixels = decode_chunk(vae, z)
+    assert pixels.shape == (33, 32, 48, 3)
+    assert torch.equal(pixels, to_uint8(vae.decode(denormalise(z.to(dtype), TINY)).detach()))
