@@ -1,0 +1,271 @@
+"""The store: the files of every video, and the job database, as objects behind one URL. It alone knows the keys.
+
+    terms/000003                      claimed exclusively by each Director as it starts; the newest leads
+    active/{id}                       from acceptance to the end
+    videos/{id}/request.json          what was asked for
+    videos/{id}/init.mp4              the head of the file
+    videos/{id}/texts/{digest}.safetensors
+    videos/{id}/chunks/00007.t3.m4s   fragment 7 as term 3 made it
+    videos/{id}/states/00008.t3.safetensors    the state after it: it has seen 8 chunks
+    videos/{id}/record.t3.json        the commit: names the objects that count. The highest term counts
+
+Names that carry a term are written by that term alone, so a writer of an old term can overwrite nothing. Every put is
+one atomic operation. On S3 and its kin that is the service's promise; in a folder obstore writes `{name}#1`, then
+renames it (seen with strace: `rename` for a put, `linkat` for an exclusive create), and hides such names in
+listings, so what a killed writer leaves behind is never taken for an object.
+
+obstore is called in threads of our own. Its async functions finish in a thread of Rust's that may still want the
+interpreter after the caller went on: a process that ended just then aborted (11 of 60 with 0.12.1; in threads 0).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import functools
+import hashlib
+import re
+import secrets
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError
+from obstore.store import LocalStore, from_url
+
+from deployments.records import StoredObject, VideoRecord, VideoRequestRecord
+from helios_core.errors import HeliosError, InvalidInput
+
+R = TypeVar("R")
+
+VIDEO_ID = re.compile(r"video_[0-9a-f]{32}")
+TERM = re.compile(r"[0-9]+")
+RECORD = re.compile(r"record\.t([0-9]+)\.json")
+STATE = re.compile(r"([0-9]+)\.t[0-9]+\.safetensors")
+
+THREADS = 32  # operations under way at once; more wait. Threads are made as they are needed
+
+# Enough to ride out one lost connection. How long a video may wait for its store is decided by the callers.
+RETRIES = {"max_retries": 3, "retry_timeout": timedelta(seconds=10)}
+
+
+class StoreUnavailable(HeliosError):
+    """The store cannot be reached or refuses the operation. It may be back later."""
+
+    code = "store_unavailable"
+
+
+class ObjectMissing(HeliosError):
+    """An object that was to be read does not exist. The message names store and key."""
+
+    code = "object_missing"
+
+
+class StoreInUse(HeliosError):
+    """Another service holds the lock of the store's folder."""
+
+    code = "store_in_use"
+
+
+def new_video_id(now: float) -> str:
+    """A new id that nobody can guess: `video_`, 12 hex digits of milliseconds, 20 random ones. Ids sort by time.
+
+    `now`: Unix time in seconds.
+    """
+    return f"video_{int(now * 1000):012x}{secrets.token_hex(10)}"
+
+
+def is_video_id(text: str) -> bool:
+    return VIDEO_ID.fullmatch(text) is not None
+
+
+class Store:
+    """Objects below `url`: a folder (a path or file://, made if it is missing) or s3://, gs://, az://.
+
+    Credentials and endpoints come from the cloud's usual environment variables. A Store travels between processes as
+    its URL. Every method raises StoreUnavailable if the store cannot be reached, and those that take a video's id
+    raise InvalidInput for a text that is not one, before it becomes part of a key.
+    """
+
+    def __init__(self, url: str) -> None:
+        """Raises InvalidInput for a URL of another scheme, StoreUnavailable if it cannot be opened."""
+        scheme, separator, _ = url.partition("://")
+        self.folder: Path | None = None
+        if not separator or scheme == "file":
+            # Absolute, because a replica that gets this URL has a working directory of its own.
+            self.folder = Path(url2pathname(urlsplit(url).path) if separator else url).absolute()
+        elif scheme not in ("s3", "gs", "az"):
+            raise InvalidInput("store", url, "a folder, file://, s3://, gs:// or az://")
+        self.url = str(self.folder or url)
+        with self._errors():
+            self._objects = LocalStore(self.folder, mkdir=True) if self.folder else from_url(url, retry_config=RETRIES)
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="store")
+
+    def __reduce__(self) -> tuple[type[Store], tuple[str]]:
+        return Store, (self.url,)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold a folder for one service: its processes may share it, another service may not. Freed if we die.
+
+        A cloud store has no such lock: there the terms decide who leads. Raises StoreInUse.
+        """
+        if self.folder is None:
+            yield
+            return
+        with self._errors():
+            file = (self.folder / ".lock").open("w")
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise StoreInUse(
+                    f"the folder {self.folder} is in use by another Helios service; stop it or choose another folder"
+                ) from None
+            yield
+
+    async def claim_term(self) -> int:
+        """A term that nobody else has or gets, higher than all before it."""
+        term = await self.newest_term() + 1
+        while True:
+            try:
+                await self._put(f"terms/{term:06d}", b"", mode="create")
+                return term
+            except AlreadyExistsError:
+                term += 1
+
+    async def newest_term(self) -> int:
+        """The highest term that was claimed; 0 before the first."""
+        return max((int(name) for name in await self._names("terms") if TERM.fullmatch(name)), default=0)
+
+    async def accept(self, request: VideoRequestRecord) -> None:
+        """Store a request and mark it active: from here on a starting Director resumes it."""
+        await self._put(f"videos/{_checked(request.id)}/request.json", request.model_dump_json().encode())
+        await self._put(f"active/{request.id}", b"")
+
+    async def end(self, video_id: str) -> None:
+        """Remove the active marker; nothing happens if there is none."""
+        await self._delete([f"active/{_checked(video_id)}"])
+
+    async def active(self) -> list[str]:
+        """Ids of the videos that were accepted and have not ended, oldest first."""
+        return sorted(name for name in await self._names("active") if is_video_id(name))
+
+    async def video_ids(self) -> list[str]:
+        """Ids of all videos, newest first."""
+        with self._errors():
+            listing = await self._run(obstore.list_with_delimiter, "videos")
+        names = (PurePosixPath(prefix).name for prefix in listing["common_prefixes"])
+        return sorted((name for name in names if is_video_id(name)), reverse=True)
+
+    async def request(self, video_id: str) -> VideoRequestRecord | None:
+        """What was asked for, or None if there is no such video."""
+        try:
+            data = await self.read(f"videos/{_checked(video_id)}/request.json")
+        except ObjectMissing:
+            return None
+        return VideoRequestRecord.model_validate_json(data)
+
+    async def put_record(self, record: VideoRecord, term: int) -> None:
+        """The commit: once this returns, every object that `record` names counts."""
+        await self._put(f"videos/{_checked(record.id)}/record.t{term}.json", record.model_dump_json().encode())
+
+    async def record(self, video_id: str) -> VideoRecord | None:
+        """The record of the highest term, or None if nothing was committed yet."""
+        names = await self._names(f"videos/{_checked(video_id)}")
+        terms = [int(match[1]) for name in names if (match := RECORD.fullmatch(name))]
+        if not terms:
+            return None
+        return VideoRecord.model_validate_json(await self.read(f"videos/{video_id}/record.t{max(terms)}.json"))
+
+    async def put_init(self, video_id: str, data: bytes) -> StoredObject:
+        """The ftyp + moov of a video."""
+        return await self._put(f"videos/{_checked(video_id)}/init.mp4", data)
+
+    async def put_fragment(self, video_id: str, index: int, term: int, data: bytes) -> StoredObject:
+        """The moof + mdat of chunk `index`."""
+        return await self._put(f"videos/{_checked(video_id)}/chunks/{index:05d}.t{term}.m4s", data)
+
+    async def put_state(self, video_id: str, index: int, term: int, data: bytes) -> StoredObject:
+        """A StreamState's bytes. `index`: the number of chunks that it has seen."""
+        return await self._put(f"videos/{_checked(video_id)}/states/{index:05d}.t{term}.safetensors", data)
+
+    async def put_text(self, video_id: str, digest: str, data: bytes) -> StoredObject:
+        """The embeddings of a prompt. `digest`: hex, names their content."""
+        return await self._put(f"videos/{_checked(video_id)}/texts/{digest}.safetensors", data)
+
+    async def keep_only_last_state(self, record: VideoRecord, term: int) -> None:
+        """Remove the states before the last one that `record` names. Call it after `record` was committed by `term`.
+
+        Does nothing if a newer term was claimed. That order makes it safe: a Director of a newer term that claimed
+        after this look reads the committed record, and so never needs an earlier state.
+        """
+        if not record.chunks or await self.newest_term() != term:
+            return
+        states = f"videos/{_checked(record.id)}/states"
+        last = record.chunks[-1].index + 1  # a state is numbered by the chunks that it has seen
+        names = await self._names(states)
+        old = [name for name in names if (match := STATE.fullmatch(name)) and int(match[1]) < last]
+        await self._delete([f"{states}/{name}" for name in old])
+
+    async def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
+        """The bytes [start, end) of an object, to its end for None; start < end, and start below its length.
+
+        Raises ObjectMissing.
+        """
+        with self._errors():
+            try:
+                return await self._run(_fetch, key, {"offset": start} if end is None else (start, end))
+            except FileNotFoundError:
+                raise ObjectMissing(f"{self.url}: there is no {key}") from None
+
+    async def _put(self, key: str, data: bytes, mode: str = "overwrite") -> StoredObject:
+        """Raises AlreadyExistsError if mode is "create" and the key is taken."""
+        with self._errors():
+            # One request: a multipart upload that is broken off would leave its parts in the bucket.
+            await self._run(obstore.put, key, data, mode=mode, use_multipart=False)
+        return StoredObject(key=key, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+    async def _delete(self, keys: list[str]) -> None:
+        with self._errors():
+            try:
+                await self._run(obstore.delete, keys)
+            except FileNotFoundError:
+                return  # gone already: a folder says so, S3 does not
+
+    async def _names(self, folder: str) -> list[str]:
+        """The names of the objects directly in a folder, in no order."""
+        with self._errors():
+            listing = await self._run(obstore.list_with_delimiter, folder)
+        return [PurePosixPath(item["path"]).name for item in listing["objects"]]
+
+    async def _run(self, operation: Callable[..., R], *args: object, **options: object) -> R:
+        """One of obstore's blocking operations. Cancelling the wait does not stop it: a put may still arrive."""
+        call = functools.partial(operation, self._objects, *args, **options)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except AlreadyExistsError:
+            raise
+        except (BaseError, OSError) as error:
+            reason = str(error).partition("\n")[0]  # the rest is Rust's debug form of the same
+            raise StoreUnavailable(f"{self.url}: {reason}") from error
+
+
+def _fetch(objects: Any, key: str, span: object) -> bytes:
+    return bytes(obstore.get(objects, key, options={"range": span}).bytes())
+
+
+def _checked(video_id: str) -> str:
+    if not is_video_id(video_id):
+        raise InvalidInput("id", video_id, "video_ and 32 hex digits in lower case")
+    return video_id

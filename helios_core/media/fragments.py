@@ -1,0 +1,118 @@
+"""Frames ▸ one closed-GOP fMP4 fragment.
+
+A video is `init + fragment 0 + fragment 1 + …`: that is what a live viewer receives and what is downloaded in the end.
+Each chunk gets an encoder and a muxer of its own, so any process can make any fragment, and can make it again. What
+ties the fragments together is two numbers in their boxes (ISO/IEC 14496-12): the sequence number and the decode time.
+This module knows nothing about latents, stores or videos.
+"""
+
+# T = frames, H = height, W = width, C = red, green, blue
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+
+import av
+import numpy as np
+import numpy.typing as npt
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
+
+from helios_core.errors import MediaError
+
+TICKS_PER_FRAME = 512  # the timescale is 512 * fps, so every frame's time is a whole number at every fps
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """One encoded chunk. `init`: ftyp + moov, the same for every fragment of a video; `data`: moof + mdat."""
+
+    init: bytes
+    data: bytes
+    frames: int
+
+
+def encode_fragment(frames_THWC: npt.NDArray[np.uint8], *, chunk_index: int, first_frame: int, fps: int) -> Fragment:
+    """One chunk as H.264 (High, 4:2:0, BT.709 in TV range). The same frames give the same bytes in any process.
+
+    `frames_THWC`: RGB, uint8, [T, H, W, 3], T >= 1, H and W even; `chunk_index`: counted from 0;
+    `first_frame`: the number of frames of the video before this chunk; `fps`: frames per second.
+    Raises MediaError if the frames are something else or the encoder refuses them.
+    """
+    _check(frames_THWC, chunk_index)
+    try:
+        muxed = _encode(frames_THWC, fps)
+    except av.FFmpegError as error:
+        raise MediaError(f"fragment {chunk_index}: frames of shape {frames_THWC.shape}: {error}") from error
+    _ftyp, _moov, (_, moof, _), (_, _, mdat_end), _mfra = _boxes(muxed, 0, len(muxed))
+    data = bytearray(muxed[moof:mdat_end])
+    # Both boxes begin with a version byte and 3 bytes of flags. FFmpeg always writes tfdt as version 1: 64 bits.
+    struct.pack_into(">I", data, _payload(data, b"moof", b"mfhd") + 4, chunk_index + 1)
+    struct.pack_into(">Q", data, _payload(data, b"moof", b"traf", b"tfdt") + 4, first_frame * TICKS_PER_FRAME)
+    return Fragment(init=muxed[:moof], data=bytes(data), frames=len(frames_THWC))
+
+
+def _check(frames_THWC: npt.NDArray[np.uint8], chunk_index: int) -> None:
+    shape, dtype = frames_THWC.shape, frames_THWC.dtype
+    if dtype != np.uint8:
+        raise MediaError(f"fragment {chunk_index}: frames are {dtype}; allowed: uint8")
+    if len(shape) != 4 or shape[3] != 3 or shape[0] == 0:
+        raise MediaError(f"fragment {chunk_index}: frames have shape {shape}; allowed: [T, H, W, 3] with T >= 1")
+    if any(side == 0 or side % 2 for side in shape[1:3]):
+        raise MediaError(f"fragment {chunk_index}: frames are {shape[2]}x{shape[1]}; allowed: even sides")
+
+
+def _encode(frames_THWC: npt.NDArray[np.uint8], fps: int) -> bytes:
+    """A whole MP4 of one fragment: ftyp, moov, moof, mdat, mfra."""
+    sink = io.BytesIO()
+    # frag_custom: a fragment ends when it is told to, here at close, and so holds all frames of the chunk.
+    options = {
+        "movflags": "+frag_custom+empty_moov+default_base_moof",
+        "video_track_timescale": str(TICKS_PER_FRAME * fps),
+    }
+    with av.open(sink, "w", format="mp4", options=options) as container:
+        # bf 0: with B-frames the first picture would start two frames late, as empty_moov allows no edit list.
+        stream = container.add_stream("libx264", rate=fps, options={"preset": "veryfast", "crf": "20", "bf": "0"})
+        encoder = stream.codec_context
+        encoder.height, encoder.width = frames_THWC.shape[1:3]
+        encoder.pix_fmt = "yuv420p"
+        encoder.time_base = Fraction(1, fps)
+        encoder.gop_size = 10**6  # one GOP per chunk
+        encoder.thread_count = 1  # the bytes must not depend on the number of cores
+        encoder.color_range = ColorRange.MPEG
+        encoder.colorspace = Colorspace.ITU709
+        encoder.color_primaries = ColorPrimaries.BT709
+        encoder.color_trc = ColorTrc.BT709
+        reformatter = VideoReformatter()
+        for i, frame_HWC in enumerate(frames_THWC):
+            # Named in full: the default conversion is BT.601, which players of untagged HD video take for BT.709.
+            frame = reformatter.reformat(
+                av.VideoFrame.from_ndarray(frame_HWC, format="rgb24"),
+                format="yuv420p",
+                dst_colorspace=Colorspace.ITU709,
+                dst_color_range=ColorRange.MPEG,
+                threads=1,
+            )
+            frame.pts, frame.time_base = i, encoder.time_base
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return sink.getvalue()
+
+
+def _boxes(data: bytes | bytearray, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+    """(type, start, end) of each box in data[start:end]. Box sizes are 32 bits: a chunk is far below 4 GiB."""
+    while start < end:
+        size, kind = struct.unpack_from(">I4s", data, start)
+        yield kind, start, start + size
+        start += size
+
+
+def _payload(data: bytearray, *path: bytes) -> int:
+    """Where the payload of the first box at `path` begins."""
+    start, end = 0, len(data)
+    for name in path:
+        start, end = next((s + 8, e) for kind, s, e in _boxes(data, start, end) if kind == name)
+    return start
