@@ -1,1 +1,1 @@
-"""Helios as a service on Ray Serve: the only importer of ray and fastapi. ARCHITECTURE.md follows one video through it."""
+"""Helios as a service on Ray Serve. ARCHITECTURE.md follows one video through it."""

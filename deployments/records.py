@@ -37,6 +37,14 @@ class Timings(Record):
     store_seconds: float
 
 
+class SampleReport(Record):
+    """What a sampler says of the chunk that it made: transformer steps run, seconds, and when it began (Unix time)."""
+
+    steps: int
+    started_at: float
+    seconds: float
+
+
 class ChunkRecord(Record):
     """One committed chunk: its fragment, the state after it, and how it came about."""
 
@@ -46,6 +54,13 @@ class ChunkRecord(Record):
     fragment: StoredObject
     state: StoredObject
     timings: Timings
+
+
+class Rendered(Record):
+    """What a VAE decoder says of the chunk that it decoded, encoded and stored."""
+
+    init: StoredObject
+    chunk: ChunkRecord
 
 
 class VideoError(Record):

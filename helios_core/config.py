@@ -128,7 +128,7 @@ class VaeConfig:
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """scheduler/scheduler_config.json. The four sequence numbers are not arguments of the official class, but honoured."""
+    """scheduler/scheduler_config.json. The last four are no arguments of the official class, but it honours them."""
 
     num_train_timesteps: int = 1000
     shift: float = 1.0

@@ -65,9 +65,12 @@ class VideoSpec:
         factor = 2 if self.amplify_first_chunk and chunk_index == 0 else 1
         return tuple(factor * n for n in self.steps)
 
+    def first_frame_of_chunk(self, chunk_index: int) -> int:
+        return chunk_index * CHUNK_FRAMES
+
     def frames_of_chunk(self, chunk_index: int) -> int:
         """Frames of the chunk that belong to the video: 33, fewer for the last one, which is cut."""
-        return min(CHUNK_FRAMES, self.frames - chunk_index * CHUNK_FRAMES)
+        return min(CHUNK_FRAMES, self.frames - self.first_frame_of_chunk(chunk_index))
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,9 @@ class VideoRequest:
         shortest = 1 / self.fps
         if not shortest <= self.seconds <= self.limits.max_seconds:  # also refuses NaN
             raise InvalidInput(
-                "seconds", self.seconds, f"a number from 1/{self.fps} (one frame) to {self.limits.max_seconds:g}"
+                "seconds",
+                self.seconds,
+                f"a number from 1/{self.fps} (one frame) to {self.limits.max_seconds:g}",
             )
         if not 0 <= self.seed <= MAX_SEED:
             raise InvalidInput("seed", self.seed, "a whole number from 0 to 2^63-1")

@@ -1,0 +1,56 @@
+"""The Ray Serve graph: five deployments and who calls whom."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+
+from deployments.config import AppConfig, Pool
+from deployments.graph import DirectorReplica
+from deployments.ingress import Ingress
+from deployments.sampler import Sampler
+from deployments.text_encoder import TextEncoder
+from deployments.vae_decoder import VaeDecoder
+from helios_core.checkpoints import Checkpoint
+
+MANY = 10_000  # requests at once for those that only wait: Serve's default of 5 would queue a sixth viewer
+LONGEST_CHUNK_S = 60.0  # a replica that is to stop may finish what it works on
+
+
+def build_app(config: AppConfig) -> Application:
+    """Ingress ▸ Director ▸ (TextEncoder, Sampler, VaeDecoder).
+
+    Raises CheckpointError if the model cannot be opened. Weights are loaded by the replicas, each its own.
+    """
+    checkpoint = Checkpoint.open(config.model)
+    checkpoint.verify()  # here, so that a broken file is one clear message and not five failing replicas
+    text_encoder = deploy(TextEncoder, config.text_encoder, at_once=4).bind(config)
+    sampler = deploy(Sampler, config.sampler, at_once=1).bind(config)
+    vae_decoder = deploy(VaeDecoder, config.vae_decoder, at_once=1).bind(config)
+    director = deploy(DirectorReplica, config.director, at_once=MANY, name="Director").bind(
+        config, text_encoder, sampler, vae_decoder
+    )
+    ingress: Application = deploy(Ingress, config.ingress, at_once=MANY).bind(config, checkpoint.card, director)
+    return ingress
+
+
+def deploy(replica: type, pool: Pool, at_once: int, name: str | None = None) -> Any:
+    """`replica` as a deployment with the resources of `pool`; each of its replicas takes `at_once` calls at a time."""
+    resources: dict[str, Any] = {"num_cpus": pool.num_cpus, "num_gpus": pool.num_gpus}
+    if pool.accelerator_type is not None:
+        resources["accelerator_type"] = pool.accelerator_type
+    size: dict[str, Any] = {"num_replicas": pool.min_replicas}
+    if pool.max_replicas > pool.min_replicas:
+        scaling = pool.model_dump(include={"min_replicas", "max_replicas", "upscale_delay_s", "downscale_delay_s"})
+        size = {"autoscaling_config": {**scaling, "target_ongoing_requests": at_once}}
+    return serve.deployment(
+        replica,
+        name=name or replica.__name__,
+        max_ongoing_requests=at_once,
+        ray_actor_options=resources,
+        health_check_period_s=2,
+        graceful_shutdown_timeout_s=LONGEST_CHUNK_S,
+        **size,
+    )

@@ -1,0 +1,202 @@
+"""The command line: `helios serve | generate | demo | download`. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from helios_core.config import CHUNK_FRAMES, NATIVE_FPS
+from helios_core.errors import HeliosError, InvalidInput
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+Model = Annotated[str, typer.Option(help="demo, a folder in the official layout, or a hub id")]
+
+
+def main() -> None:
+    """Runs the command line. An error of ours ends with its message alone, and status 2 for bad input, else 1."""
+    try:
+        app()
+    except HeliosError as error:
+        console.print(f"helios: {error}", style="red", markup=False)
+        sys.exit(2 if isinstance(error, InvalidInput) else 1)
+
+
+@app.command()
+def serve(
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with everything; the options below override it")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="demo, a folder in the official layout, or a hub id")] = None,
+    host: str | None = None,
+    port: int | None = None,
+    store: Annotated[str | None, typer.Option(help="folder, or s3://, gs://, az:// URL")] = None,
+    samplers: Annotated[int | None, typer.Option(help="number of sampler replicas")] = None,
+    vae_decoders: Annotated[int | None, typer.Option(help="number of VAE decoder replicas")] = None,
+) -> None:
+    """Serve a model over HTTP until interrupted."""
+    from deployments.config import AppConfig
+    from deployments.service import run_service
+
+    settings = AppConfig() if config is None else AppConfig.read(config)
+    settings = settings.override(model=model, host=host, port=port, store=store)
+    settings = settings.with_replicas(sampler=samplers, vae_decoder=vae_decoders)
+    stop = threading.Event()
+    with run_service(settings) as url:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
+        console.print(f"serving {settings.model} at {url}")
+        stop.wait()
+        console.print("stopping")
+
+
+@app.command()
+def generate(
+    prompt: str,
+    output: Annotated[Path, typer.Option("-o", "--output", help="MP4 file to write")] = Path("out.mp4"),
+    model: Model = "demo",
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels; the model's own by default")] = None,
+    seconds: float = 5.0,
+    seed: int = 42,
+    steps: Annotated[str | None, typer.Option(help="transformer steps per stage, for example 2,2,2")] = None,
+    preset: Annotated[str | None, typer.Option(help="a named step list, for example realtime or quality")] = None,
+    amplify_first_chunk: Annotated[
+        bool | None, typer.Option("--amplify-first-chunk/--no-amplify-first-chunk", help="on for Distilled")
+    ] = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    save_latents: Annotated[Path | None, typer.Option(help="also write the latents, as safetensors")] = None,
+) -> None:
+    """Make one video without a service. The file grows chunk by chunk and can be played while it does."""
+    import safetensors.torch
+    import torch
+
+    from helios_core.helios import Helios
+    from helios_core.media.fragments import encode_fragment
+
+    helios = Helios.load(model, device, dtype)
+    chunks = helios.stream(
+        prompt,
+        size=size,
+        seconds=seconds,
+        seed=seed,
+        steps=None if steps is None else parse_steps(steps),
+        preset=preset,
+        amplify_first_chunk=amplify_first_chunk,
+    )
+    total = round(seconds * NATIVE_FPS)
+    latents = []
+    with writable(output).open("wb") as file, progress_bar() as progress:
+        task = progress.add_task("", total=total, rate=0.0, real_time=0.0)
+        first_frame, start = 0, time.perf_counter()
+        for chunk in chunks:
+            fragment = encode_fragment(chunk.frames, chunk_index=chunk.index, first_frame=first_frame, fps=NATIVE_FPS)
+            file.write((fragment.init if chunk.index == 0 else b"") + fragment.data)
+            file.flush()
+            first_frame += fragment.frames
+            rate = first_frame / (time.perf_counter() - start)
+            progress.update(task, completed=first_frame, rate=rate, real_time=rate / NATIVE_FPS)
+            if save_latents is not None:
+                latents.append(chunk.state.latents.clone())
+    if save_latents is not None:
+        safetensors.torch.save_file({"latents": torch.cat(latents, dim=2)}, writable(save_latents))
+    console.print(f"{output}: {first_frame} frames")
+
+
+@app.command()
+def demo(
+    prompt: str,
+    output: Annotated[Path, typer.Option("-o", "--output", help="MP4 file to write")] = Path("video.mp4"),
+    model: Model = "demo",
+    seconds: float = 8.0,
+) -> None:
+    """Start a service, stream one video of a prompt into a file over HTTP, and stop."""
+    from deployments.config import AppConfig
+    from deployments.service import run_service
+
+    writable(output)
+    with tempfile.TemporaryDirectory() as store:
+        console.print(f"starting the service on the model {model}")
+        with run_service(AppConfig(model=model, store=store, port=free_port())) as url:
+            console.print(f"streaming {prompt!r}")
+            save_stream(url, prompt, seconds, output)
+
+
+def save_stream(url: str, prompt: str, seconds: float, output: Path) -> None:
+    """POST /v1/videos/stream into a file, with a line for every fragment that arrives."""
+    body = json.dumps({"prompt": prompt, "seconds": seconds}).encode()
+    request = urllib.request.Request(f"{url}/v1/videos/stream", data=body, headers={"Content-Type": "application/json"})
+    begin = time.perf_counter()
+    with urllib.request.urlopen(request) as response, output.open("wb") as file:
+        video = f"{url}/v1/videos/{response.headers['X-Video-Id']}"
+        while data := response.read1():
+            file.write(data)
+            file.flush()
+            with urllib.request.urlopen(video) as answer:
+                status = json.load(answer)
+            console.print(
+                f"{time.perf_counter() - begin:6.2f} s  {file.tell():8d} bytes on disk  "
+                f"{status['usage']['chunks']} of {-(-status['frames'] // CHUNK_FRAMES)} chunks made"
+            )
+    elapsed = time.perf_counter() - begin
+    console.print(f"{output}: {status['frames']} frames, {status['seconds']} s of video in {elapsed:.2f} s")
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@app.command()
+def download(hub_id: str) -> None:
+    """Fetch the files that inference needs into the hub's cache and print their folder."""
+    from helios_core.checkpoints import download as fetch
+
+    typer.echo(fetch(hub_id))
+
+
+def parse_steps(text: str) -> tuple[int, ...]:
+    """ "2,2,2" as (2, 2, 2). Raises InvalidInput."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InvalidInput("steps", text, "whole numbers with commas between, for example 2,2,2") from None
+
+
+def writable(path: Path) -> Path:
+    """`path`, if a file can be made there. Raises InvalidInput before any work is lost."""
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise InvalidInput("output", str(path), f"a file that can be written ({error.strerror})") from None
+    return path
+
+
+def progress_bar() -> Progress:
+    """Chunk by chunk: frames, frames per second, real-time factor (seconds of video per second), time left."""
+    columns: list[Any] = [
+        TextColumn("frame {task.completed:.0f}/{task.total:.0f}"),
+        BarColumn(),
+        TextColumn("{task.fields[rate]:.1f} frames/s, {task.fields[real_time]:.2f} x real time"),
+        TimeRemainingColumn(),
+    ]
+    return Progress(*columns, console=console)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""Leads each video from its request to its last chunk. Holds references and metadata; never latents, never pixels.
+
+`Director` is a plain asyncio class over a `Graph` (text encoder, sampler, VAE decoder) and a store, so that tests run
+this very loop in one process; deployments/app.py puts it into a Serve replica. It does not import torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any, Protocol
+
+from deployments.records import ChunkRecord, Rendered, SampleReport, Status, VideoError, VideoRecord, VideoRequestRecord
+from deployments.store import Store
+from helios_core.errors import HeliosError
+from helios_core.spec import VideoSpec
+
+logger = logging.getLogger(__name__)
+
+Ref = Any  # to a value that lives elsewhere: an ObjectRef in the service
+
+
+class Graph(Protocol):
+    """The computing deployments, as the Director sees them."""
+
+    async def encode(self, video_id: str, prompt: str) -> Ref:
+        """The prompt's TextEmbeddings, by reference."""
+        ...
+
+    async def sample(self, spec: VideoSpec, index: int, text: Ref, state: Ref | None) -> tuple[Ref, SampleReport]:
+        """The StreamState after chunk `index`, by reference. `state`: the one before it, None for a new video."""
+        ...
+
+    async def render(self, video_id: str, spec: VideoSpec, term: int, state: Ref, sampled: SampleReport) -> Rendered:
+        """Decodes and encodes the chunk that `state` ends with; stores its fragment, and the state."""
+        ...
+
+
+class NoSuchVideo(HeliosError):
+    """No video has this id."""
+
+    code = "not_found"
+
+    def __init__(self, video_id: str) -> None:
+        super().__init__(video_id)
+        self.video_id = video_id
+
+    def __str__(self) -> str:
+        return f"no video has the id {self.video_id!r}"
+
+
+class RunningVideo:
+    """A video that has not ended: its newest record, and a way to wait for the next one."""
+
+    def __init__(self, record: VideoRecord) -> None:
+        self.record = record
+        self.changed = asyncio.Event()
+        self.ending = False  # nothing is left to cancel
+        self.task: asyncio.Task[None]
+
+    def update(self, record: VideoRecord) -> None:
+        self.record = record
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+
+class Director:
+    """One per store. `start` it before use.
+
+    Every public method is safe to call at any time from many tasks of one event loop.
+    """
+
+    def __init__(self, graph: Graph, store: Store, term: int) -> None:
+        self._graph, self._store, self._term = graph, store, term
+        self._running: dict[str, RunningVideo] = {}
+
+    @classmethod
+    async def start(cls, graph: Graph, store: Store) -> Director:
+        """Takes the lead of `store` with a new term. Videos that an earlier Director left unfinished end as failed."""
+        director = cls(graph, store, await store.claim_term())
+        for video_id in await store.active():
+            await director._close_interrupted(video_id)
+        return director
+
+    async def create(self, request: VideoRequestRecord) -> VideoRecord:
+        """Accepts a video: it is stored before this returns, and made from then on, watched or not."""
+        await self._store.accept(request)
+        record = VideoRecord(id=request.id, created_at=request.created_at, spec=request.spec)
+        video = self._running[request.id] = RunningVideo(record)
+        video.task = asyncio.create_task(self._lead(video), name=request.id)
+        return record
+
+    async def get(self, video_id: str) -> VideoRecord:
+        """Where a video stands. Raises NoSuchVideo."""
+        if video_id in self._running:
+            return self._running[video_id].record
+        record = await self._store.record(video_id)
+        if record is None:
+            raise NoSuchVideo(video_id)
+        return record
+
+    async def watch(self, video_id: str, from_chunk: int = 0) -> AsyncIterator[ChunkRecord | VideoRecord]:
+        """Every committed chunk from `from_chunk` on, as soon as it is committed; last, the record of the ended video.
+
+        Raises NoSuchVideo.
+        """
+        video = self._running.get(video_id)
+        if video is None:
+            record = await self.get(video_id)
+            for chunk in record.chunks[from_chunk:]:
+                yield chunk
+            yield record
+            return
+        index = from_chunk
+        while True:
+            changed, record = video.changed, video.record
+            for chunk in record.chunks[index:]:
+                yield chunk
+            index = max(index, len(record.chunks))
+            if record.ended:
+                yield record
+                return
+            await changed.wait()
+
+    async def create_and_watch(self, request: VideoRequestRecord) -> AsyncIterator[ChunkRecord | VideoRecord]:
+        """`create`, then `watch`, in one call; leaving it before the end cancels the video. First item: its record."""
+        record = await self.create(request)
+        try:
+            yield record
+            async with aclosing(self.watch(request.id)) as events:  # type: ignore[type-var]
+                async for event in events:
+                    yield event
+        finally:
+            self.cancel(request.id)
+
+    def cancel(self, video_id: str) -> None:
+        """Stops a running video; what was committed stays. Does nothing if it has ended."""
+        video = self._running.get(video_id)
+        if video is not None and not video.ending and not video.task.cancelling():
+            video.task.cancel()
+
+    async def _lead(self, video: RunningVideo) -> None:
+        """From the prompt to the last commit, then the end, whatever it is."""
+        error = None
+        try:
+            await self._make_chunks(video)
+            status: Status = "completed"
+        except asyncio.CancelledError:
+            status = "cancelled"
+        except ExceptionGroup as group:
+            status, error = "failed", _reported(video.record.id, group)
+        video.ending = True
+        ended = video.record.model_copy(update={"status": status, "error": error, "completed_at": time.time()})
+        try:
+            await self._store.put_record(ended, self._term)
+            await self._store.end(ended.id)
+        finally:
+            del self._running[ended.id]
+            video.update(ended)
+
+    async def _make_chunks(self, video: RunningVideo) -> None:
+        spec = video.record.spec
+        async with asyncio.TaskGroup() as renders:
+            text = await self._graph.encode(video.record.id, spec.prompt)
+            state, commit = None, None
+            for index in range(spec.chunks):
+                if index == 0:
+                    video.update(video.record.model_copy(update={"status": "in_progress", "started_at": time.time()}))
+                state, sampled = await self._graph.sample(spec, index, text, state)
+                # Sampling of a chunk overlaps the rendering of the one before, and of no more: a slow VAE slows the
+                # sampler instead of letting states pile up.
+                if commit is not None:
+                    await commit
+                commit = renders.create_task(self._render_and_commit(video, state, sampled))
+
+    async def _render_and_commit(self, video: RunningVideo, state: Ref, sampled: SampleReport) -> None:
+        rendered = await self._graph.render(video.record.id, video.record.spec, self._term, state, sampled)
+        record, chunk = video.record, rendered.chunk
+        if chunk.index != len(record.chunks):
+            raise RuntimeError(f"video {record.id}: chunk {chunk.index} came when {len(record.chunks)} was due")
+        if record.init is not None and record.init.sha256 != rendered.init.sha256:
+            raise RuntimeError(f"video {record.id}: chunk {chunk.index} has another init segment than chunk 0")
+        committed = record.model_copy(update={"init": rendered.init, "chunks": (*record.chunks, chunk)})
+        await self._store.put_record(committed, self._term)
+        video.update(committed)
+        await self._store.keep_only_last_state(committed, self._term)
+
+    async def _close_interrupted(self, video_id: str) -> None:
+        request = await self._store.request(video_id)
+        record = await self._store.record(video_id)
+        if record is None and request is not None:
+            record = VideoRecord(id=video_id, created_at=request.created_at, spec=request.spec)
+        if record is not None and not record.ended:
+            error = VideoError(code="interrupted", message="the service stopped while this video was being made")
+            ended = record.model_copy(update={"status": "failed", "error": error, "completed_at": time.time()})
+            await self._store.put_record(ended, self._term)
+        await self._store.end(video_id)
+
+
+def _reported(video_id: str, group: ExceptionGroup[Exception]) -> VideoError:
+    """What the client hears of a failure: an error of ours as it is, of anything else no inner detail."""
+    error: Exception = group
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    if isinstance(error, HeliosError):
+        return VideoError(code=error.code, message=str(error))
+    # A bug of ours, or a part of the cluster that died.
+    logger.error("video %s failed", video_id, exc_info=group)
+    return VideoError(code="internal_error", message="the service failed while making this video")

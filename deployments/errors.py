@@ -1,0 +1,69 @@
+"""Which HTTP status each error of ours has, and the one shape in which a client sees it."""
+
+from __future__ import annotations
+
+import logging
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from deployments.director import NoSuchVideo
+from deployments.schemas import error_object
+from deployments.store import StoreUnavailable
+from helios_core.errors import HeliosError, InvalidInput
+
+logger = logging.getLogger(__name__)
+
+
+class RequestError(HeliosError):
+    """A request that is refused with a status of its own. `param`: the field at fault, if there is one."""
+
+    def __init__(self, status: int, code: str, message: str, param: str | None = None) -> None:
+        super().__init__(status, code, message, param)
+        self.status, self.code, self.message, self.param = status, code, message, param
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def status_of(error: HeliosError) -> int:
+    """Anything that is not the client's doing is a 500, and is ours to mend."""
+    match error:
+        case RequestError():
+            return error.status
+        case InvalidInput():
+            return 422
+        case NoSuchVideo():
+            return 404
+        case StoreUnavailable():
+            return 503
+    return 500
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Every error of `app` leaves as an error envelope, without inner detail."""
+
+    @app.exception_handler(HeliosError)
+    async def own(_: Request, error: HeliosError) -> JSONResponse:
+        status = status_of(error)
+        if status == 500:
+            return unexpected(error)
+        param = error.field if isinstance(error, InvalidInput) else getattr(error, "param", None)
+        headers = {"Retry-After": "5"} if status == 503 else None
+        return JSONResponse(error_object(str(error), status, param, error.code), status, headers)
+
+    @app.exception_handler(HTTPException)
+    async def routing(_: Request, error: HTTPException) -> JSONResponse:
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "bad_request")
+        body = error_object(str(error.detail), error.status_code, None, code)
+        return JSONResponse(body, error.status_code, error.headers)
+
+    @app.exception_handler(Exception)
+    async def bug(_: Request, error: Exception) -> JSONResponse:
+        return unexpected(error)
+
+
+def unexpected(error: Exception) -> JSONResponse:
+    logger.error("request failed", exc_info=error)
+    return JSONResponse(error_object("the service failed; this is logged", 500, None, "internal_error"), 500)

@@ -1,0 +1,150 @@
+"""The HTTP bodies: names and shapes of the OpenAI Videos API where it has one; what it lacks are extensions."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any
+
+import pydantic
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from deployments.records import VideoRecord
+from helios_core.config import CHUNK_FRAMES, NATIVE_FPS
+from helios_core.errors import InvalidInput
+from helios_core.spec import Limits, ModelCard, VideoRequest
+
+# What other servers call our fields, so that a client that moves here is told, not ignored.
+RIVAL_NAMES = {
+    "width": "size",
+    "height": "size",
+    "resolution": "size",
+    "num_frames": "seconds",
+    "duration": "seconds",
+    "num_inference_steps": "steps",
+    "pyramid_num_inference_steps_list": "steps",
+    "is_amplify_first_chunk": "amplify_first_chunk",
+    "extra_params": "the fields of this API, at top level",
+    "extra_args": "the fields of this API, at top level",
+    "quality": "preset",
+    "n": "one request per video",
+    "num_outputs_per_prompt": "one request per video",
+}
+
+
+def _number_in_text(value: object) -> object:
+    """OpenAI's clients send seconds as text."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+class CreateVideo(BaseModel):
+    """The body of POST /v1/videos and POST /v1/videos/stream. Descriptions are what an error calls allowed."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prompt: str = Field(description="text")
+    model: str | None = Field(None, description="the id of a model in GET /v1/models")
+    seconds: Annotated[float, BeforeValidator(_number_in_text)] = Field(5.0, description="a number")
+    size: str | None = Field(None, description="WIDTHxHEIGHT in pixels, as text")
+    seed: int = Field(42, description="a whole number from 0 to 2^63-1")
+    fps: int = Field(NATIVE_FPS, description="a whole number from 8 to 60")
+    preset: str | None = Field(None, description="the name of a preset in GET /v1/models")
+    steps: list[int] | None = Field(None, description="a list of whole numbers, one per stage")
+    amplify_first_chunk: bool | None = Field(None, description="true or false")
+
+    @classmethod
+    def parse(cls, body: dict[str, Any]) -> CreateVideo:
+        """Raises InvalidInput for the first field that is unknown or of the wrong type."""
+        for name in body.keys() - cls.model_fields.keys():
+            instead = RIVAL_NAMES.get(name)
+            allowed = f"no such field; here it is {instead}" if instead else f"one of {', '.join(cls.model_fields)}"
+            # A name may be any text, even what is no valid Unicode; the answer must be.
+            raise InvalidInput(name.encode("utf-8", "backslashreplace").decode()[:80], body[name], allowed)
+        try:
+            return cls.model_validate(body)
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            name = str(first["loc"][0])
+            allowed = str(cls.model_fields[name].description)
+            if first["type"] == "missing":
+                raise InvalidInput(name, None, f"{allowed}; the field is required") from None
+            raise InvalidInput(name, first["input"], allowed) from None
+
+    def request(self, limits: Limits) -> VideoRequest:
+        return VideoRequest(
+            prompt=self.prompt,
+            size=self.size,
+            seconds=self.seconds,
+            seed=self.seed,
+            preset=self.preset,
+            steps=None if self.steps is None else tuple(self.steps),
+            amplify_first_chunk=self.amplify_first_chunk,
+            fps=self.fps,
+            limits=limits,
+        )
+
+
+def video_object(record: VideoRecord) -> dict[str, Any]:
+    """The Video object of the OpenAI API, with our extensions."""
+    spec = record.spec
+    started = record.started_at or record.completed_at or time.time()
+    return {
+        "id": record.id,
+        "object": "video",
+        "model": spec.model,
+        "status": record.status,
+        "progress": 100 * len(record.chunks) // spec.chunks,
+        "created_at": int(record.created_at),
+        "completed_at": None if record.completed_at is None else int(record.completed_at),
+        "expires_at": None,
+        "size": f"{spec.width}x{spec.height}",
+        "seconds": f"{spec.seconds:g}",
+        "prompt": spec.prompt,
+        "remixed_from_video_id": None,
+        "error": None if record.error is None else record.error.model_dump(),
+        "seed": spec.seed,
+        "fps": spec.fps,
+        "frames": spec.frames,
+        "steps": list(spec.steps),
+        "amplify_first_chunk": spec.amplify_first_chunk,
+        "usage": {
+            "chunks": len(record.chunks),
+            "steps": sum(chunk.steps for chunk in record.chunks),
+            "sampler_seconds": sum(chunk.timings.sample_seconds for chunk in record.chunks),
+            "queue_seconds": max(0.0, started - record.created_at),
+        },
+    }
+
+
+def model_object(card: ModelCard, limits: Limits) -> dict[str, Any]:
+    """One entry of GET /v1/models."""
+    width, height = card.default_size
+    return {
+        "id": card.id,
+        "object": "model",
+        "owned_by": "helios",
+        "variant": card.variant.name,
+        "tasks": ["text-to-video"],
+        "presets": {name: list(steps) for name, steps in card.variant.presets.items()},
+        "default_preset": card.variant.default_preset,
+        "default_size": f"{width}x{height}",
+        "size_multiple": card.size_multiple,
+        "frames_per_chunk": CHUNK_FRAMES,
+        "limits": {
+            "side": limits.max_side,
+            "pixels": limits.max_pixels,
+            "seconds": limits.max_seconds,
+            "prompt_bytes": limits.max_prompt_bytes,
+            "steps_per_stage": limits.max_steps_per_stage,
+        },
+    }
+
+
+def error_object(message: str, status: int, param: str | None, code: str) -> dict[str, Any]:
+    """The error envelope."""
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -1,0 +1,70 @@
+"""The VAE decoder's replica: a state in, a stored fragment out. Pixels are encoded where they are decoded."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+from deployments.config import AppConfig
+from deployments.records import ChunkRecord, Rendered, SampleReport, Timings
+from deployments.store import Store
+from helios_core.checkpoints import Checkpoint, placement, use_threads
+from helios_core.media.fragments import Fragment, encode_fragment
+from helios_core.spec import VideoSpec
+from helios_core.state import StreamState
+from helios_core.vae.latents import decode_chunk
+
+
+class VaeDecoder:
+    """Holds the VAE's weights, and nothing about a video."""
+
+    def __init__(self, config: AppConfig) -> None:
+        use_threads(config.torch_threads)
+        device, _ = placement(config.vae_decoder.device)
+        self._vae = Checkpoint.open(config.model).load_vae(device)
+        self._store = Store(config.store)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="vae")
+
+    async def render_chunk(
+        self, video_id: str, spec: VideoSpec, term: int, state: StreamState, sampled: SampleReport
+    ) -> Rendered:
+        """Decodes the chunk that `state` ends with, encodes it, and stores fragment and state under `term`.
+
+        Repeatable: the same arguments store the same bytes under the same keys.
+        """
+        index = state.chunk_index - 1
+        fragment, decode_seconds, encode_seconds = await asyncio.get_running_loop().run_in_executor(
+            self._thread, self._render, spec, state
+        )
+        clock = time.perf_counter()
+        # The fragment first: a stored state k then implies fragments 0 to k-1.
+        stored_init = await self._store.put_init(video_id, fragment.init)
+        stored_fragment = await self._store.put_fragment(video_id, index, term, fragment.data)
+        stored_state = await self._store.put_state(video_id, state.chunk_index, term, state.to_bytes())
+        chunk = ChunkRecord(
+            index=index,
+            frames=fragment.frames,
+            steps=sampled.steps,
+            fragment=stored_fragment,
+            state=stored_state,
+            timings=Timings(
+                sample_started_at=sampled.started_at,
+                sample_seconds=sampled.seconds,
+                decode_seconds=decode_seconds,
+                encode_seconds=encode_seconds,
+                store_seconds=time.perf_counter() - clock,
+            ),
+        )
+        return Rendered(init=stored_init, chunk=chunk)
+
+    def _render(self, spec: VideoSpec, state: StreamState) -> tuple[Fragment, float, float]:
+        """The chunk as a fragment, and the seconds that decoding and encoding took."""
+        begin = time.perf_counter()
+        index = state.chunk_index - 1
+        frames = decode_chunk(self._vae, state.latents)[: spec.frames_of_chunk(index)].cpu().numpy()
+        decoded = time.perf_counter()
+        fragment = encode_fragment(
+            frames, chunk_index=index, first_frame=spec.first_frame_of_chunk(index), fps=spec.fps
+        )
+        return fragment, decoded - begin, time.perf_counter() - decoded

@@ -1,0 +1,340 @@
+"""A folder or hub id in the official layout becomes loaded components. No pickle, no guessing, no silent default.
+
+Layout (the official repositories'): model_index.json, scheduler/, tokenizer/, text_encoder/, transformer/, vae/.
+Weights are safetensors only. Keys must match in both directions and shapes must be equal. Modules are built on the
+meta device and the file's tensors are assigned, so that no weight exists twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import safetensors
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors.torch import safe_open
+from tokenizers import Tokenizer
+from torch import nn
+from transformers import UMT5Config, UMT5EncoderModel
+
+from helios_core.config import (
+    VARIANTS,
+    SchedulerConfig,
+    TransformerConfig,
+    VaeConfig,
+    Variant,
+    read_config,
+    read_json,
+)
+from helios_core.demo.checkpoint import demo_checkpoint
+from helios_core.errors import CheckpointError, InvalidInput
+from helios_core.sampling.chunk import ChunkSampler
+from helios_core.sampling.solvers import SOLVERS
+from helios_core.spec import ModelCard
+from helios_core.text import TextEncoder
+from helios_core.transformer.model import FP32_PARAMETERS, KEY_ALIASES, HeliosTransformer
+from helios_core.vae.model import WanVae
+
+# All that inference reads. The repositories also hold two more 14B checkpoints (transformer_init, transformer_ode).
+NEEDED_FILES = [
+    "model_index.json",
+    "scheduler/*.json",
+    "tokenizer/*.json",
+    "text_encoder/*.json",
+    "text_encoder/*.safetensors",
+    "transformer/*.json",
+    "transformer/*.safetensors",
+    "vae/*.json",
+    "vae/*.safetensors",
+]
+Places = dict[str, tuple[Path, str]]  # parameter ▸ (file, key)
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """A short name for a model: where it comes from and the (width, height) it is at home at."""
+
+    source: Callable[[], str]
+    default_size: tuple[int, int]
+
+
+KNOWN_MODELS = {
+    "demo": KnownModel(demo_checkpoint, (128, 64)),
+    "helios-distilled": KnownModel(lambda: "BestWishYsh/Helios-Distilled", (640, 384)),
+}
+DEFAULT_SIZE = (640, 384)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model folder whose JSON files were read and found to be of a variant that is served."""
+
+    folder: Path
+    card: ModelCard
+    transformer: TransformerConfig
+    vae: VaeConfig
+    scheduler: SchedulerConfig
+
+    @classmethod
+    def open(cls, model: str) -> Checkpoint:
+        """The checkpoint behind a known name, a folder, or a hub id, which is downloaded if it is not there yet.
+
+        Raises CheckpointError naming the file, the key and the allowed values.
+        """
+        known = KNOWN_MODELS.get(model)
+        folder = _folder(known.source() if known else model)
+        transformer = read_config(TransformerConfig, folder / "transformer/config.json")
+        vae = read_config(VaeConfig, folder / "vae/config.json")
+        scheduler = read_config(SchedulerConfig, folder / "scheduler/scheduler_config.json")
+        variant = _variant(folder)
+        if transformer.in_channels != vae.z_dim or transformer.out_channels != vae.z_dim:
+            raise CheckpointError(
+                f"{folder}: transformer in_channels {transformer.in_channels}, out_channels "
+                f"{transformer.out_channels} and vae z_dim {vae.z_dim} must be equal"
+            )
+        card = ModelCard(
+            id=model if known or not Path(model).is_dir() else folder.name,
+            variant=variant,
+            stages=scheduler.stages,
+            size_multiple=vae.scale_factor_spatial * transformer.patch_size[1] * 2 ** (scheduler.stages - 1),
+            default_size=known.default_size if known else DEFAULT_SIZE,
+            digest=_digest(folder),
+        )
+        return cls(folder, card, transformer, vae, scheduler)
+
+    def verify(self) -> None:
+        """Checks every file that the loaders read, without reading weights. Raises CheckpointError as they would."""
+        self._transformer()
+        self._vae()
+        self._text_encoder()
+
+    def load_sampler(self, device: torch.device, dtype: torch.dtype) -> ChunkSampler:
+        """The transformer in `dtype`, except for the parameters that the reference keeps in fp32, with its solver."""
+        model, places = self._transformer()
+
+        def dtype_of(name: str) -> torch.dtype:
+            return torch.float32 if FP32_PARAMETERS.intersection(name.split(".")) else dtype
+
+        _fill(model, places, device, dtype_of)
+        return ChunkSampler(model, self.scheduler, SOLVERS[self.card.variant.name])
+
+    def load_vae(self, device: torch.device) -> WanVae:
+        """The VAE, in fp32 as the reference runs it."""
+        model, places = self._vae()
+        _fill(model, places, device, lambda _: torch.float32)
+        return model
+
+    def load_text_encoder(self, device: torch.device, dtype: torch.dtype) -> TextEncoder:
+        """UMT5's encoder in `dtype`, and its tokenizer."""
+        model, places, tokenizer = self._text_encoder()
+        _fill(model, places, device, lambda _: dtype)
+        return TextEncoder(tokenizer, model)
+
+    def _transformer(self) -> tuple[HeliosTransformer, Places]:
+        with torch.device("meta"):
+            model = HeliosTransformer(self.transformer)
+        return model, _locate(model, self.folder / "transformer", "diffusion_pytorch_model", KEY_ALIASES)
+
+    def _vae(self) -> tuple[WanVae, Places]:
+        with torch.device("meta"):
+            model = WanVae(self.vae)
+        return model, _locate(model, self.folder / "vae", "diffusion_pytorch_model")
+
+    def _text_encoder(self) -> tuple[UMT5EncoderModel, Places, Tokenizer]:
+        folder = self.folder / "text_encoder"
+        config = read_json(folder / "config.json")
+        if config.get("d_model") != self.transformer.text_dim:
+            raise CheckpointError(
+                f"{folder / 'config.json'}: d_model is {config.get('d_model')!r}; needed: the transformer's text_dim "
+                f"{self.transformer.text_dim}"
+            )
+        with torch.device("meta"):
+            model = UMT5EncoderModel(UMT5Config.from_dict(config))
+        # One table under two names, whatever tie_word_embeddings says; files hold either or both.
+        model.encoder.embed_tokens = model.shared
+        places = _locate(model, folder, "model", {"encoder.embed_tokens.weight": "shared.weight"})
+        path = self.folder / "tokenizer/tokenizer.json"
+        if not path.is_file():
+            raise CheckpointError(f"{path}: file is missing")
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # noqa: BLE001 - the library raises nothing narrower; its text is kept
+            raise CheckpointError(f"{path}: not a tokenizer: {error}") from None
+        return model, places, tokenizer
+
+
+def placement(device: str = "auto", dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
+    """Where to compute and in what. `auto`: the GPU in bf16 if there is one, else the CPU in fp32.
+
+    Raises InvalidInput for an unknown name or a device that this machine lacks.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise InvalidInput("device", device, "auto, cpu, cuda or cuda:N") from None
+    if place.type not in ("cpu", "cuda"):
+        raise InvalidInput("device", device, "auto, cpu, cuda or cuda:N")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise InvalidInput("device", device, f"this machine has {torch.cuda.device_count()} CUDA devices")
+    dtypes = {"auto": torch.bfloat16 if place.type == "cuda" else torch.float32}
+    dtypes |= {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if dtype not in dtypes:
+        raise InvalidInput("dtype", dtype, f"one of {', '.join(dtypes)}")
+    return place, dtypes[dtype]
+
+
+def use_threads(threads: int | None = None) -> None:
+    """Sets the process's number of torch threads. By default half of the cores, because sampling and decoding overlap.
+
+    One rule for the service and the command line: the number of threads changes the last bits of convolutions.
+    """
+    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // 2))
+
+
+def download(model: str) -> Path:
+    """Fetches what inference needs of a hub id into the hub's cache and returns the folder.
+
+    Raises CheckpointError if the id does not exist or cannot be reached and is not in the cache.
+    """
+    try:
+        return Path(snapshot_download(model, allow_patterns=NEEDED_FILES))
+    except HFValidationError:
+        raise CheckpointError(
+            f"model {model!r} is neither a folder, nor a hub id (owner/name), nor one of {', '.join(KNOWN_MODELS)}"
+        ) from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"model {model!r} is not a folder, is not in the local hub cache and could not be downloaded: {reason}"
+        ) from None
+
+
+def _folder(model: str) -> Path:
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if path.exists():
+        raise CheckpointError(f"model {model!r} is a file; a checkpoint is a folder in the official layout")
+    if os.sep in model and (model.startswith((".", "/", "~")) or model.count("/") > 1):
+        raise CheckpointError(f"model {model!r}: no such folder")
+    return download(model)
+
+
+def _variant(folder: Path) -> Variant:
+    index = read_json(folder / "model_index.json")
+    scheduler = read_json(folder / "scheduler/scheduler_config.json").get("_class_name")
+    distilled = bool(index.get("is_distilled", False))
+    for variant in VARIANTS:
+        if (variant.scheduler_class, variant.is_distilled) == (scheduler, distilled):
+            return variant
+    raise CheckpointError(
+        f"{folder}: is_distilled {distilled} with scheduler {scheduler!r} is not a variant that is served; "
+        f"served: {', '.join(f'{v.name} ({v.scheduler_class})' for v in VARIANTS)}"
+    )
+
+
+def _digest(folder: Path) -> str:
+    """Names weights and configuration without reading 81 GB: JSON by content, weights by name, size and header."""
+    digest = hashlib.sha256()
+    for path in sorted(p for part in ("scheduler", "tokenizer", "text_encoder", "transformer", "vae")
+                       for p in (folder / part).glob("*") if p.suffix in (".json", ".safetensors")):  # fmt: skip
+        digest.update(str(path.relative_to(folder)).encode())
+        if path.suffix == ".json":
+            digest.update(path.read_bytes())
+        else:
+            digest.update(str(path.stat().st_size).encode())
+            with path.open("rb") as file:
+                digest.update(file.read(1 << 16))
+    return digest.hexdigest()
+
+
+def _shards(folder: Path, stem: str) -> dict[str, list[str]]:
+    """File name ▸ its keys, by the index file if there is one, else the single file (its keys are not known yet)."""
+    index_path = folder / f"{stem}.safetensors.index.json"
+    single = folder / f"{stem}.safetensors"
+    if index_path.is_file():
+        weight_map = read_json(index_path).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index_path}: weight_map is missing or empty")
+        shards: dict[str, list[str]] = {}
+        for key, name in weight_map.items():
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise CheckpointError(f"{index_path}: {key} lies in {name!r}; allowed: a .safetensors file beside it")
+            shards.setdefault(name, []).append(key)
+        return shards
+    if single.is_file():
+        return {single.name: []}
+    refused = [p.name for p in sorted(folder.glob("*")) if p.suffix in PICKLED]
+    hint = f"; {', '.join(refused)} is refused, because loading it could run code" if refused else ""
+    raise CheckpointError(f"{single}: file is missing{hint}")
+
+
+def _locate(model: nn.Module, folder: Path, stem: str, aliases: Mapping[str, str] = MappingProxyType({})) -> Places:
+    """Parameter of `model` ▸ (file, key), for every parameter; from the files' headers, before any weight is read.
+
+    `aliases`: name in the file ▸ name in the model. Raises CheckpointError naming the file, the key and both shapes.
+    """
+    # A parameter that is tied to another stands here once, under its first name.
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    places: Places = {}
+    for path, key, shape, dtype in _headers(folder, stem):
+        name = aliases.get(key, key)
+        if name not in expected:
+            raise CheckpointError(f"{path}: {key} is not a parameter of this model")
+        if shape != expected[name]:
+            raise CheckpointError(f"{path}: {key} has shape {shape}; needed: {expected[name]}")
+        if dtype not in ("F32", "BF16", "F16"):
+            raise CheckpointError(f"{path}: {key} has dtype {dtype}; needed: F32, BF16 or F16")
+        places[name] = path, key
+    missing = sorted(expected.keys() - places.keys())
+    if missing:
+        raise CheckpointError(
+            f"{folder}: {len(missing)} of {len(expected)} keys are missing, first {missing[0]} {expected[missing[0]]}"
+        )
+    return places
+
+
+def _headers(folder: Path, stem: str) -> Iterator[tuple[Path, str, tuple[int, ...], str]]:
+    """(file, key, shape, dtype) of every tensor, shard by shard; shards come from the index file if there is one."""
+    for name, listed in _shards(folder, stem).items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path}: file is missing")
+        try:
+            with safe_open(path, framework="pt") as file:  # also checks that the file is as long as its header says
+                keys = set(file.keys())
+                odd = sorted(keys ^ set(listed or keys))
+                if odd:
+                    side = "the file lacks it" if odd[0] in listed else "the index does not list it"
+                    raise CheckpointError(f"{path}: {odd[0]}: {side}")
+                for key in sorted(keys):
+                    tensor = file.get_slice(key)
+                    yield path, key, tuple(tensor.get_shape()), tensor.get_dtype()
+        except safetensors.SafetensorError as error:
+            raise CheckpointError(f"{path}: not a whole safetensors file: {error}") from None
+
+
+def _fill(
+    model: nn.Module,
+    places: Places,
+    device: torch.device,
+    dtype_of: Callable[[str], torch.dtype],
+) -> None:
+    """Reads the weights at `places` into `model`, each as `dtype_of(name)` on `device`."""
+    for path in {path for path, _ in places.values()}:
+        with safe_open(path, framework="pt") as file:
+            for name, (where, key) in places.items():
+                if where == path:
+                    owner, _, leaf = name.rpartition(".")
+                    weight = file.get_tensor(key).to(device, dtype_of(name))
+                    setattr(model.get_submodule(owner), leaf, nn.Parameter(weight, requires_grad=False))
+    model.eval()

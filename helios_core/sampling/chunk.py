@@ -1,0 +1,148 @@
+"""One chunk, from state to state. The heart of Helios: everything else prepares its arguments or shows its result.
+
+Shapes: B batch (always 1), C latent channels, T latent frames, h, w latent rows and columns.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from helios_core.config import CHUNK_LATENTS, SchedulerConfig
+from helios_core.sampling.noise import block_noise, chunk_noise
+from helios_core.sampling.schedule import Stage, pyramid
+from helios_core.sampling.solvers import Solver
+from helios_core.state import StreamState
+from helios_core.text import TextEmbeddings
+
+TEXT_CONTEXTS = 4  # prompts whose text keys and values a sampler keeps
+TOKEN_AREA = 4  # latent pixels per token: the transformer's patch is 1 x 2 x 2
+
+
+class Denoiser(Protocol):
+    """The transformer, as far as sampling knows it."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> torch.device: ...
+    def text_context(self, text: Tensor) -> Any:
+        """What depends on the prompt alone: text [B, 512, text_dim], embedded for every layer."""
+        ...
+
+    def begin_chunk(self, anchor: Tensor, history: Tensor, text: Any) -> Any:
+        """What stays equal over a chunk's steps: anchor [B, C, 1, h, w] and history [B, C, 19, h, w], embedded."""
+        ...
+
+    def __call__(self, latents: Tensor, timestep: float, context: Any) -> Tensor:
+        """The velocity at `latents` [B, C, T, h', w'], in the model's dtype."""
+        ...
+
+
+# Called with the stage's index before each transformer step; it may raise to stop the chunk.
+OnStep = Callable[[int], None]
+
+
+class ChunkSampler:
+    """A loaded transformer with its scheduler and solver: embeddings and a state go in, the next state comes out.
+
+    Keeps nothing about a video; only the text contexts of the last prompts, by the digest of their embeddings
+    (0.42 GB each for the 14B model).
+    """
+
+    def __init__(self, model: Denoiser, scheduler: SchedulerConfig, solver: Solver) -> None:
+        self.model, self.scheduler, self.solver = model, scheduler, solver
+        self._contexts: OrderedDict[str, Any] = OrderedDict()
+
+    def sample(
+        self, text: TextEmbeddings, state: StreamState, steps: tuple[int, ...], on_step: OnStep | None = None
+    ) -> StreamState:
+        """The state after one more chunk; see `sample_chunk`."""
+        return sample_chunk(
+            self.model,
+            self._text_context(text),
+            state,
+            steps=steps,
+            solver=self.solver,
+            scheduler=self.scheduler,
+            on_step=on_step,
+        )
+
+    @torch.inference_mode()
+    def _text_context(self, text: TextEmbeddings) -> Any:
+        if text.digest not in self._contexts:
+            while len(self._contexts) >= TEXT_CONTEXTS:
+                self._contexts.popitem(last=False)
+            self._contexts[text.digest] = self.model.text_context(text.padded().to(self.model.device, self.model.dtype))
+        self._contexts.move_to_end(text.digest)
+        return self._contexts[text.digest]
+
+
+@torch.inference_mode()
+def sample_chunk(
+    model: Denoiser,
+    text: Any,
+    state: StreamState,
+    *,
+    steps: tuple[int, ...],
+    solver: Solver,
+    scheduler: SchedulerConfig,
+    on_step: OnStep | None = None,
+) -> StreamState:
+    """The state after one more chunk. A pure function: the same arguments give the same state, on any replica.
+
+    `text`: the model's text context; `steps`: transformer steps per stage, coarse to fine. Latents are solved on the
+    model's device, in fp32 at first and in the model's dtype from the first result on, as the reference does.
+    The chunk's own latents are `result.latents`.
+    """
+    generator = state.generator()
+    stages = pyramid(scheduler)
+    _, c, _, h, w = state.history.shape
+    anchor = torch.zeros_like(state.history[:, :, :1]) if state.anchor is None else state.anchor
+    context = model.begin_chunk(anchor.to(model.device), state.history.to(model.device), text)
+
+    def velocity(stage: Stage, x: Tensor, timestep: float) -> Tensor:
+        if on_step is not None:
+            on_step(stage.index)
+        return model(x.to(model.dtype), timestep, context)
+
+    noise = chunk_noise((1, c, CHUNK_LATENTS, h, w), generator)
+    latents = noise.to(model.device)
+    for _ in stages[1:]:
+        latents = _halve(latents)
+
+    for stage in stages:
+        # Counted before the upsampling, as in the reference, and so as in training: a stage's noise levels are shifted
+        # for the size of the stage before.
+        tokens = latents[0, 0].numel() // TOKEN_AREA
+        if stage.index > 0:
+            latents = _double(latents)
+            renoise = block_noise(tuple(latents.shape), scheduler.gamma, generator)
+            latents = stage.signal * latents + stage.noise * renoise.to(model.device, model.dtype)
+
+        latents = solver(functools.partial(velocity, stage), latents, stage, steps[stage.index], tokens, scheduler)
+
+    return state.after(latents, generator)
+
+
+def _halve(latents_BCTHW: Tensor) -> Tensor:
+    """Half the height and width; doubled, because averaging four independent values halves their deviation."""
+    _, _, t, h, w = latents_BCTHW.shape
+    frames = rearrange(latents_BCTHW, "b c t h w -> (b t) c h w")
+    frames = F.interpolate(frames, size=(h // 2, w // 2), mode="bilinear") * 2
+    return rearrange(frames, "(b t) c h w -> b c t h w", t=t)
+
+
+def _double(latents_BCTHW: Tensor) -> Tensor:
+    """Twice the height and width, each value repeated over its 2x2 block."""
+    t = latents_BCTHW.shape[2]
+    frames = rearrange(latents_BCTHW, "b c t h w -> (b t) c h w")
+    frames = F.interpolate(frames, scale_factor=2, mode="nearest")
+    return rearrange(frames, "(b t) c h w -> b c t h w", t=t)

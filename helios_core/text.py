@@ -1,0 +1,78 @@
+"""A prompt becomes text embeddings: cleaning, tokens, UMT5 (from transformers). Knows nothing about video."""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import re
+from dataclasses import dataclass
+
+import ftfy
+import safetensors.torch
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import UMT5EncoderModel
+
+from helios_core.config import TEXT_TOKENS
+from helios_core.errors import CheckpointError
+
+
+@dataclass(frozen=True, eq=False)
+class TextEmbeddings:
+    """One prompt as the transformer reads it.
+
+    `rows`: [n, text_dim] in the encoder's dtype, on the CPU, 1 <= n <= 512: the real tokens' rows only.
+    `digest`: SHA-256 of the rows, in hexadecimal: equal embeddings have equal digests, whatever their address.
+    """
+
+    rows: Tensor
+    digest: str
+
+    @classmethod
+    def of(cls, rows: Tensor) -> TextEmbeddings:
+        rows = rows.cpu().contiguous()
+        content = rows.view(torch.uint8).numpy().tobytes()
+        return cls(rows, hashlib.sha256(f"{rows.dtype}{tuple(rows.shape)}".encode() + content).hexdigest())
+
+    def to_bytes(self) -> bytes:
+        """As a safetensors file."""
+        return safetensors.torch.save({"rows": self.rows})
+
+    def padded(self) -> Tensor:
+        """[1, 512, text_dim]: the rows, then zeros. Zero rows are not masked: cross-attention sees them."""
+        padded = self.rows.new_zeros(1, TEXT_TOKENS, self.rows.shape[1])
+        padded[0, : len(self.rows)] = self.rows
+        return padded
+
+
+class TextEncoder:
+    """UMT5's encoder with its tokenizer.
+
+    Raises CheckpointError if the weights give all-zero or non-finite embeddings: a checkpoint whose embedding table
+    was not found under its tied name would otherwise make a grey video of every prompt.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, model: UMT5EncoderModel) -> None:
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(TEXT_TOKENS)
+        self.tokenizer, self.model = tokenizer, model
+        probe = self.encode("a").rows
+        if not probe.isfinite().all() or not probe.any():
+            raise CheckpointError("text_encoder: embeddings of the prompt 'a' are all zero or not finite")
+
+    @torch.inference_mode()
+    def encode(self, prompt: str) -> TextEmbeddings:
+        """The prompt's embeddings; what lies beyond 512 tokens is cut off.
+
+        Only the real tokens are run through the encoder: padding is masked there and changes nothing but rounding.
+        """
+        ids = torch.tensor([self.tokenizer.encode(clean(prompt)).ids], device=self.model.device)
+        hidden_1SD = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+        return TextEmbeddings.of(hidden_1SD[0])
+
+
+def clean(prompt: str) -> str:
+    """The prompt as the model was trained to see it: mojibake mended, HTML entities resolved, white space folded."""
+    text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
+    return re.sub(r"\s+", " ", text).strip()

@@ -1,0 +1,218 @@
+"""Loading is strict: what a folder lacks, has too much of or has in another shape is named, and nothing is guessed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from helios_core.checkpoints import Checkpoint, placement
+from helios_core.config import TransformerConfig
+from helios_core.demo.checkpoint import TRANSFORMER, write_checkpoint
+from helios_core.errors import CheckpointError, InvalidInput
+from helios_core.helios import Helios
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    write_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "tiny"))
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_weights(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path)
+
+
+VAE = "vae/diffusion_pytorch_model.safetensors"
+INDEX = "transformer/diffusion_pytorch_model.safetensors.index.json"
+SHARD = "transformer/diffusion_pytorch_model-00001-of-00002.safetensors"
+TEXT = "text_encoder/model-00001-of-00002.safetensors"
+
+# what is done to a good folder ▸ words that the error must hold
+BROKEN: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "no model_index": (lambda f: (f / "model_index.json").unlink(), ["model_index.json", "missing"]),
+    "no config": (lambda f: (f / "vae/config.json").unlink(), ["vae/config.json", "missing"]),
+    "config is no JSON": (lambda f: (f / "vae/config.json").write_text("{"), ["vae/config.json", "JSON"]),
+    "config is a list": (lambda f: (f / "vae/config.json").write_text("[]"), ["vae/config.json", "object"]),
+    "config with a wrong type": (
+        lambda f: edit_json(f / "transformer/config.json", num_layers="2"),
+        ["transformer/config.json", "num_layers", "'2'", "int"],
+    ),
+    "residual VAE": (lambda f: edit_json(f / "vae/config.json", is_residual=True), ["is_residual", "True", "False"]),
+    "amplified history": (
+        lambda f: edit_json(f / "transformer/config.json", is_amplify_history=True),
+        ["is_amplify_history", "True"],
+    ),
+    "rope that does not fill a head": (
+        lambda f: edit_json(f / "transformer/config.json", rope_dim=[2, 2, 2]),
+        ["rope_dim", "(2, 2, 2)", "32"],
+    ),
+    "unknown variant": (lambda f: edit_json(f / "model_index.json", is_distilled=False), ["is_distilled", "distilled"]),
+    "missing weights file": (lambda f: (f / VAE).unlink(), [VAE, "missing"]),
+    "missing shard": (lambda f: (f / SHARD).unlink(), [SHARD, "missing"]),
+    "pickle in place of weights": (
+        lambda f: (f / VAE).rename(f / "vae/diffusion_pytorch_model.bin"),
+        [VAE, "missing", "diffusion_pytorch_model.bin is refused"],
+    ),
+    "not safetensors": (lambda f: (f / VAE).write_bytes(b"\x80\x04K\x01."), [VAE, "not a whole safetensors file"]),
+    "truncated": (lambda f: (f / VAE).write_bytes((f / VAE).read_bytes()[:-100]), [VAE, "not a whole"]),
+    "empty file": (lambda f: (f / SHARD).write_bytes(b""), [SHARD, "not a whole"]),
+    "missing key": (
+        lambda f: edit_weights(f / VAE, lambda w: w.pop("quant_conv.bias")),
+        ["vae", "1 of", "missing", "quant_conv.bias", "(32,)"],
+    ),
+    "extra key": (
+        lambda f: edit_weights(f / VAE, lambda w: w.update(extra=torch.ones(1))),
+        [VAE, "extra", "not a parameter"],
+    ),
+    "misshapen": (
+        lambda f: edit_weights(f / VAE, lambda w: w.update({"quant_conv.bias": torch.ones(31)})),
+        [VAE, "quant_conv.bias", "(31,)", "(32,)"],
+    ),
+    "whole numbers": (
+        lambda f: edit_weights(f / VAE, lambda w: w.update({"quant_conv.bias": torch.ones(32, dtype=torch.int32)})),
+        [VAE, "quant_conv.bias", "I32", "BF16"],
+    ),
+    "key that the index does not list": (
+        lambda f: edit_weights(f / SHARD, lambda w: w.update(extra=torch.ones(1))),
+        [SHARD, "extra", "index does not list"],
+    ),
+    "shard outside of the folder": (
+        lambda f: edit_json(f / INDEX, weight_map={"a": "../../etc/passwd.safetensors"}),
+        [INDEX, "passwd"],
+    ),
+    "text encoder of another width": (
+        lambda f: edit_json(f / "text_encoder/config.json", d_model=32),
+        ["text_encoder/config.json", "d_model", "32", "64"],
+    ),
+    "no tokenizer": (lambda f: (f / "tokenizer/tokenizer.json").unlink(), ["tokenizer.json", "missing"]),
+    "broken tokenizer": (lambda f: (f / "tokenizer/tokenizer.json").write_text("{}"), ["tokenizer.json", "not a"]),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_folders_are_refused_before_weights_are_read(folder: Path, name: str) -> None:
+    breaks, words = BROKEN[name]
+    breaks(folder)
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint.open(str(folder)).verify()
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_whole_folder_is_accepted(folder: Path) -> None:
+    checkpoint = Checkpoint.open(str(folder))
+    checkpoint.verify()
+    assert (checkpoint.card.id, checkpoint.card.variant.name, checkpoint.card.size_multiple) == (
+        "tiny",
+        "distilled",
+        64,
+    )
+
+
+def test_all_zero_text_encoder_is_refused(folder: Path) -> None:
+    for path in (folder / "text_encoder").glob("*.safetensors"):
+        edit_weights(path, lambda w: [t.zero_() for t in w.values()])
+    with pytest.raises(CheckpointError, match="all zero"):
+        Checkpoint.open(str(folder)).load_text_encoder(CPU, torch.float32)
+
+
+def test_embedding_table_is_found_under_either_name(folder: Path) -> None:
+    before = Checkpoint.open(str(folder)).load_text_encoder(CPU, torch.float32).encode("a sea")
+    index = folder / "text_encoder/model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    shard = folder / "text_encoder" / weight_map["shared.weight"]
+    edit_weights(shard, lambda w: w.update({"encoder.embed_tokens.weight": w.pop("shared.weight")}))
+    weight_map["encoder.embed_tokens.weight"] = weight_map.pop("shared.weight")
+    edit_json(index, weight_map=weight_map)
+    after = Checkpoint.open(str(folder)).load_text_encoder(CPU, torch.float32).encode("a sea")
+    assert after.digest == before.digest
+
+
+def test_old_name_of_the_last_table_is_accepted(folder: Path) -> None:
+    name, old = "norm_out.scale_shift_table", "scale_shift_table"
+    weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+    shard = folder / "transformer" / weight_map[name]
+    table = load_file(shard)[name]
+    edit_weights(shard, lambda w: w.update({old: w.pop(name)}))
+    weight_map[old] = weight_map.pop(name)
+    edit_json(folder / INDEX, weight_map=weight_map)
+    model = Checkpoint.open(str(folder)).load_sampler(CPU, torch.float32).model
+    assert torch.equal(model.get_parameter(name), table)  # type: ignore[attr-defined]
+
+
+def test_bf16_keeps_in_fp32_what_the_reference_keeps(folder: Path) -> None:
+    model = Checkpoint.open(str(folder)).load_sampler(CPU, torch.bfloat16).model
+    kept = {name for name, p in model.named_parameters() if p.dtype == torch.float32}  # type: ignore[attr-defined]
+    rest = {p.dtype for name, p in model.named_parameters() if name not in kept}  # type: ignore[attr-defined]
+    layers = range(TRANSFORMER.num_layers)
+    assert rest == {torch.bfloat16}
+    assert kept == {
+        *(f"condition_embedder.time_embedder.linear_{i}.{leaf}" for i in (1, 2) for leaf in ("weight", "bias")),
+        *(f"blocks.{i}.scale_shift_table" for i in layers),
+        *(f"blocks.{i}.norm2.{leaf}" for i in layers for leaf in ("weight", "bias")),
+        "norm_out.scale_shift_table",
+    }
+
+
+def test_demo_checkpoint_is_the_same_everywhere(made: Path, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "again")
+    files = sorted(p.relative_to(made) for p in made.rglob("*") if p.is_file())
+    assert files == sorted(p.relative_to(tmp_path / "again") for p in (tmp_path / "again").rglob("*") if p.is_file())
+    assert all((made / p).read_bytes() == (tmp_path / "again" / p).read_bytes() for p in files)
+
+
+def test_digest_tells_models_apart(folder: Path, tmp_path: Path) -> None:
+    first = Checkpoint.open(str(folder)).card.digest
+    assert Checkpoint.open(str(shutil.copytree(folder, tmp_path / "copy"))).card.digest == first
+    edit_json(folder / "scheduler/scheduler_config.json", gamma=0.25)
+    assert Checkpoint.open(str(folder)).card.digest != first
+
+
+@pytest.mark.parametrize("model", ["no/such/folder", "./nothing", "not a model", "nobody/nothing"])
+def test_unknown_models(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match="model"):
+        Checkpoint.open(model)
+
+
+def test_unknown_keys_of_a_config_are_ignored(folder: Path) -> None:
+    """Official files carry keys of the training, such as restrict_self_attn."""
+    edit_json(folder / "transformer/config.json", restrict_self_attn=True)
+    assert Checkpoint.open(str(folder)).transformer == dataclasses.replace(TRANSFORMER)
+
+
+def test_defaults_are_the_official_14b() -> None:
+    config = TransformerConfig()
+    assert (config.hidden_dim, config.num_layers, config.text_dim) == (5120, 40, 4096)
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("tpu", "auto"), ("cuda:99", "auto"), ("cpu", "int8"), ("meta", "auto")])
+def test_unknown_placement(device: str, dtype: str) -> None:
+    with pytest.raises(InvalidInput):
+        placement(device, dtype)
+
+
+def test_generation_stops_at_bad_input_before_it_computes(made: Path) -> None:
+    helios = Helios.load(str(made), device="cpu")
+    with pytest.raises(InvalidInput, match="size is '100x100'"):
+        helios.stream("a sea", size="100x100")  # raises at the call, not at the first chunk

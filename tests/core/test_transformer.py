@@ -1,0 +1,179 @@
+"""What the transformer keeps between calls, and what it does not compute twice. Values: tests/parity."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from helios_core.config import TransformerConfig
+from helios_core.transformer.history import CHUNK_NUMBERS, LONG_NUMBERS, MID_NUMBERS, SHORT_NUMBERS
+from helios_core.transformer.model import KEY_ALIASES, ChunkContext, HeliosTransformer, TextContext
+from helios_core.transformer.rope import rope_table
+
+CONFIG = TransformerConfig(
+    num_attention_heads=2,
+    attention_head_dim=16,
+    text_dim=32,
+    freq_dim=32,
+    ffn_dim=64,
+    num_layers=3,
+    rope_dim=(8, 4, 4),
+)
+SIZES = [(2, 4), (4, 8), (8, 16)]  # of the stages
+HISTORY_TOKENS = 4 * 1 * 2 + 1 * 2 * 4 + 2 * 4 * 8  # long, mid, short
+
+
+@pytest.fixture(scope="module")
+def model() -> HeliosTransformer:
+    torch.manual_seed(0)
+    return HeliosTransformer(CONFIG).requires_grad_(False)
+
+
+def draw(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def text(model: HeliosTransformer, seed: int) -> TextContext:
+    return model.text_context(draw(1, 512, CONFIG.text_dim, seed=seed))
+
+
+def chunk(model: HeliosTransformer, text: TextContext, seed: int = 0) -> ChunkContext:
+    past = draw(1, 16, 20, *SIZES[-1], seed=seed)
+    return model.begin_chunk(past[:, :, :1], past[:, :, 1:], text)
+
+
+def steps(model: HeliosTransformer, context: ChunkContext) -> list[Tensor]:
+    """Two steps at each stage's size."""
+    return [model(draw(1, 16, 9, *size, seed=1), t, context) for size in SIZES for t in (900, 100.5)]
+
+
+def test_a_context_is_as_good_as_new_after_use(model: HeliosTransformer) -> None:
+    context = chunk(model, text(model, 0))
+    first = steps(model, context)
+    for used, again in zip(first, steps(model, context), strict=True):
+        assert torch.equal(used, again)
+    for used, fresh in zip(first, steps(model, chunk(model, text(model, 0))), strict=True):
+        assert torch.equal(used, fresh)
+
+
+def test_texts_and_pasts_do_not_influence_each_other(model: HeliosTransformer) -> None:
+    alone = steps(model, chunk(model, text(model, 0)))
+    first, second = text(model, 0), text(model, 1)
+    contexts = [chunk(model, first), chunk(model, second), chunk(model, first, seed=5)]
+    mixed, other_text, other_past = (steps(model, context) for context in contexts)
+    for a, b, c, d in zip(alone, mixed, other_text, other_past, strict=True):
+        assert torch.equal(a, b)
+        assert (a - c).abs().max() > 1e-3
+        assert (a - d).abs().max() > 1e-3
+
+
+def test_samples_of_a_batch_do_not_influence_each_other(model: HeliosTransformer) -> None:
+    past, prompts = draw(2, 16, 20, *SIZES[-1], seed=0), draw(2, 512, CONFIG.text_dim, seed=0)
+    noisy = draw(2, 16, 9, *SIZES[0], seed=1)
+
+    def velocity(rows: slice) -> Tensor:
+        text = model.text_context(prompts[rows])
+        out: Tensor = model(noisy[rows], 500, model.begin_chunk(past[rows, :, :1], past[rows, :, 1:], text))
+        return out
+
+    apart = torch.cat([velocity(slice(0, 1)), velocity(slice(1, 2))])
+    torch.testing.assert_close(velocity(slice(None)), apart, rtol=0, atol=1e-5)
+
+
+def test_nothing_is_computed_twice(model: HeliosTransformer) -> None:
+    """Rows through each layer: text once per prompt, history's first layer once per chunk, none of it in the last."""
+    rows: Counter[str] = Counter()
+
+    def count(name: str) -> None:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            rows[name] += args[0].shape[1]
+
+        handles.append(model.get_submodule(name).register_forward_hook(hook))
+
+    handles: list[torch.utils.hooks.RemovableHandle] = []
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for name in linears:
+        count(name)
+    try:
+        prompt = text(model, 0)
+        assert {rows[name] for name in linears if "text" in name or "attn2.to_k" in name} == {512}
+        rows.clear()
+
+        context = chunk(model, prompt)
+        heads = [f"blocks.0.attn1.to_{name}" for name in "qkv"]
+        assert {name for name in rows if "blocks" in name} == set(heads)
+        assert {rows[name] for name in heads} == {HISTORY_TOKENS}
+        rows.clear()
+
+        h, w = SIZES[0]
+        model(draw(1, 16, 9, h, w, seed=1), 500, context)
+    finally:
+        for handle in handles:
+            handle.remove()
+    noisy = 9 * h * w // 4
+    assert {rows[name] for name in heads} == {noisy}
+    assert {rows[f"blocks.1.{name}"] for name in ("attn1.to_q", "attn1.to_out.0", "ffn.net.2")} == {
+        noisy + HISTORY_TOKENS
+    }
+    assert {rows[f"blocks.2.{name}"] for name in ("attn1.to_k", "attn1.to_v")} == {noisy + HISTORY_TOKENS}
+    assert {rows[f"blocks.2.{name}"] for name in ("attn1.to_q", "attn1.to_out.0", "ffn.net.2")} == {noisy}
+    assert {rows[f"blocks.{i}.attn2.to_q"] for i in range(3)} == {noisy}
+    assert not [name for name in rows if "text" in name or "attn2.to_k" in name or "attn2.to_v" in name]
+    assert rows["condition_embedder.time_proj"] == 1
+
+
+def test_inputs_are_rounded_to_the_compute_dtype(model: HeliosTransformer) -> None:
+    past, prompt = draw(1, 16, 20, *SIZES[-1], seed=0), draw(1, 512, CONFIG.text_dim, seed=0)
+    noisy = draw(1, 16, 9, *SIZES[0], seed=1)
+
+    def velocity(dtype: torch.dtype) -> Tensor:
+        text = model.text_context(prompt.to(dtype))
+        context = model.begin_chunk(past[:, :, :1].to(dtype), past[:, :, 1:].to(dtype), text)
+        out: Tensor = model(noisy.to(dtype), 500, context)
+        return out
+
+    assert velocity(torch.float64).dtype == model.dtype == torch.float32
+    assert torch.equal(velocity(torch.float64), velocity(torch.float32))
+
+
+@pytest.mark.parametrize("height, width", [(3, 4), (4, 5)])
+def test_half_a_token_is_refused(model: HeliosTransformer, height: int, width: int) -> None:
+    context = chunk(model, text(model, 0))
+    with pytest.raises(ValueError, match=f"{height} rows and {width} columns .* 2 x 2"):
+        model(draw(1, 16, 9, height, width, seed=1), 500, context)
+
+
+def test_frames_are_numbered_from_the_anchor_to_the_chunk() -> None:
+    assert SHORT_NUMBERS == (0, 19)
+    assert [*LONG_NUMBERS, *MID_NUMBERS] == list(range(1, 19))
+    assert list(CHUNK_NUMBERS) == list(range(20, 29))
+
+
+def test_a_table_made_for_inference_also_serves_training() -> None:
+    rope_table.cache_clear()
+    torch.manual_seed(0)
+    model = HeliosTransformer(CONFIG)
+    with torch.inference_mode():
+        steps(model, chunk(model, text(model, 0)))
+    loss = sum(out.square().mean() for out in steps(model, chunk(model, text(model, 0))))
+    assert isinstance(loss, Tensor)
+    torch.autograd.backward(loss)
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_tables_are_shared_between_chunks(model: HeliosTransformer) -> None:
+    rope_table.cache_clear()
+    for seed in range(3):
+        steps(model, chunk(model, text(model, seed), seed))
+    assert rope_table.cache_info().misses == len(SIZES) + len(("long", "mid", "short"))
+
+
+def test_all_of_the_state_is_in_the_checkpoint() -> None:
+    with torch.device("meta"):
+        model = HeliosTransformer(TransformerConfig())
+    assert not list(model.buffers())
+    assert set(KEY_ALIASES.values()) <= model.state_dict().keys()
+    assert (model.dtype, model.device.type) == (torch.float32, "meta")

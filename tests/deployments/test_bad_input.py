@@ -1,0 +1,119 @@
+"""What a client can send wrong: each answer names the field, the value and what is allowed; none is a 500."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.deployments.conftest import LocalService
+
+JSON = {"content-type": "application/json"}
+
+# name ▸ (fields beside the prompt, field named in the answer, words that the message must hold)
+UNPROCESSABLE: dict[str, tuple[dict[str, Any], str, list[str]]] = {
+    "size not a multiple of 64": ({"size": "100x100"}, "size", ["100x100", "64", "nearest", "128x128"]),
+    "size zero": ({"size": "0x64"}, "size", ["0x64", "64"]),
+    "size negative": ({"size": "-64x64"}, "size", ["-64x64", "WIDTHxHEIGHT"]),
+    "size too large": ({"size": "6400x6400"}, "size", ["6400x6400", "1920"]),
+    "size of too many digits": ({"size": "9" * 5000 + "x64"}, "size", ["WIDTHxHEIGHT"]),
+    "size in other digits": ({"size": "٦٤x64"}, "size", ["WIDTHxHEIGHT"]),
+    "size a number": ({"size": 64}, "size", ["64", "text"]),
+    "prompt empty": ({"prompt": ""}, "prompt", ["not empty"]),
+    "prompt blank": ({"prompt": " \n "}, "prompt", ["not empty"]),
+    "prompt too long": ({"prompt": "é" * 4097}, "prompt", ["8194", "8192"]),
+    "prompt with NUL": ({"prompt": "a\0b"}, "prompt", ["NUL"]),
+    "prompt with a lone surrogate": ({"prompt": "\ud800"}, "prompt", ["Unicode"]),
+    "prompt a list": ({"prompt": ["a"]}, "prompt", ["text"]),
+    "prompt missing": ({"prompt": ...}, "prompt", ["required"]),
+    "seconds zero": ({"seconds": 0}, "seconds", ["600"]),
+    "seconds negative": ({"seconds": -1}, "seconds", ["-1", "600"]),
+    "seconds too short for a frame": ({"seconds": 0.01}, "seconds", ["0.01", "1/24"]),
+    "seconds not a number": ({"seconds": float("nan")}, "seconds", ["nan", "600"]),
+    "seconds infinite": ({"seconds": float("inf")}, "seconds", ["inf", "600"]),
+    "seconds too long": ({"seconds": 601}, "seconds", ["601", "600"]),
+    "seconds true": ({"seconds": True}, "seconds", ["True", "number"]),
+    "seconds words": ({"seconds": "four"}, "seconds", ["four", "number"]),
+    "seed negative": ({"seed": -1}, "seed", ["-1", "2^63-1"]),
+    "seed too large": ({"seed": 2**63}, "seed", [str(2**63), "2^63-1"]),
+    "seed a fraction": ({"seed": 1.5}, "seed", ["1.5", "whole number"]),
+    "seed true": ({"seed": True}, "seed", ["True", "whole number"]),
+    "fps too high": ({"fps": 61}, "fps", ["61", "8 to 60"]),
+    "steps too few": ({"steps": [1, 1]}, "steps", ["3 whole numbers"]),
+    "steps too many": ({"steps": [1, 1, 1, 1]}, "steps", ["3 whole numbers"]),
+    "steps none": ({"steps": []}, "steps", ["3 whole numbers"]),
+    "steps zero": ({"steps": [1, 0, 1]}, "steps", ["[1, 0, 1]", "1 to 50"]),
+    "steps over the limit": ({"steps": [1, 51, 1]}, "steps", ["51", "1 to 50"]),
+    "steps text": ({"steps": "2,2,2"}, "steps", ["2,2,2", "list"]),
+    "preset with steps": ({"preset": "quality", "steps": [1, 1, 1]}, "preset", ["quality", "not both"]),
+    "preset unknown": ({"preset": "best"}, "preset", ["best", "realtime", "quality"]),
+    "amplify in words": ({"amplify_first_chunk": "yes"}, "amplify_first_chunk", ["yes", "true or false"]),
+    "unknown field": ({"colour": "red"}, "colour", ["red", "prompt", "seconds"]),
+    "unknown field with a lone surrogate": ({"\ud800": 1}, "\\ud800", ["prompt"]),
+    "a rival's width": ({"width": 640}, "width", ["640", "size"]),
+    "a rival's frames": ({"num_frames": 33}, "num_frames", ["33", "seconds"]),
+    "a rival's steps": ({"num_inference_steps": 4}, "num_inference_steps", ["steps"]),
+    "a rival's catch-all": ({"extra_params": {"a": 1}}, "extra_params", ["top level"]),
+}
+
+
+@pytest.mark.parametrize("route", ["/v1/videos", "/v1/videos/stream"])
+@pytest.mark.parametrize("name", UNPROCESSABLE)
+async def test_unprocessable(service: LocalService, name: str, route: str) -> None:
+    fields, param, words = UNPROCESSABLE[name]
+    body = {key: value for key, value in {"prompt": "a sea", **fields}.items() if value is not ...}
+    answer = await service.http.post(route, content=dumps(body), headers=JSON)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"], error["type"]) == (422, param, "invalid_request_error")
+    assert error["code"] == "invalid_input"
+    assert all(word in error["message"] for word in words), error["message"]
+    assert len(error["message"]) < 1000
+    assert await service.store.video_ids() == []
+
+
+@pytest.mark.parametrize(
+    ("content", "headers", "status", "code"),
+    [
+        (b'{"prompt": ', JSON, 400, "invalid_json"),
+        (b"", JSON, 400, "invalid_json"),
+        (b'{"prompt": "\xff"}', JSON, 400, "invalid_json"),
+        (b"[1]", JSON, 400, "invalid_json"),
+        (b"[" * 100_000, JSON, 400, "invalid_json"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", JSON, 400, "invalid_json"),
+        (b'{"prompt": "a"}', {"content-type": "text/plain"}, 415, "unsupported_media_type"),
+        (b'{"prompt": "a"}', {}, 415, "unsupported_media_type"),
+        (b'{"prompt": "' + b"a" * (1 << 20) + b'"}', JSON, 413, "body_too_large"),
+        (b'{"prompt": "a", "model": "sora-2"}', JSON, 404, "model_not_found"),
+        (b'{"prompt": "a", "seconds": 1e309}', JSON, 422, "invalid_input"),
+        (b'{"prompt": "a", "seconds": NaN}', JSON, 422, "invalid_input"),
+    ],
+)
+async def test_broken_bodies(
+    service: LocalService, content: bytes, headers: dict[str, str], status: int, code: str
+) -> None:
+    answer = await service.http.post("/v1/videos", content=content, headers=headers)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+    assert await service.store.video_ids() == []
+
+
+@pytest.mark.parametrize("suffix", ["", "/content"])
+@pytest.mark.parametrize(
+    "video_id",
+    ["video_" + "0" * 32, "video_x", "..%2f..%2fetc%2fpasswd", "%00", "video_" + "A" * 32, "v" * 10_000, "%ff"],
+)
+async def test_unknown_videos(service: LocalService, video_id: str, suffix: str) -> None:
+    answer = await service.http.get(f"/v1/videos/{video_id}{suffix}")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/v2", 404), ("PUT", "/v1/videos", 405)])
+async def test_unknown_routes(service: LocalService, method: str, path: str, status: int) -> None:
+    answer = await service.http.request(method, path)
+    assert answer.status_code == status
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def dumps(body: dict[str, Any]) -> bytes:
+    """JSON with NaN, Infinity and lone surrogates as escapes, which a strict client would not send."""
+    return json.dumps(body).encode()

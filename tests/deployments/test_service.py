@@ -1,0 +1,200 @@
+"""The whole service with real processes: Ray, Serve, HTTP, the demo checkpoint."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import httpx
+import imageio_ffmpeg
+import psutil
+import pytest
+from ray import serve
+
+from deployments.cli import free_port
+from deployments.config import AppConfig
+from deployments.records import VideoRecord
+from deployments.service import APP_NAME, run_service
+from deployments.store import Store
+from helios_core.config import CHUNK_FRAMES
+from helios_core.helios import Helios
+from helios_core.media.fragments import encode_fragment
+from tests.deployments.boxes import read_boxes, reader
+
+PROMPT = "a red sun over a blue sea"
+HELIOS = [sys.executable, "-m", "deployments.cli"]
+
+
+@dataclass
+class Running:
+    url: str
+    store: Store
+
+    def record(self, video_id: str) -> VideoRecord:
+        """The committed record, from the store and not from the service."""
+        names = sorted((Path(self.store.url) / "videos" / video_id).glob("record.t*.json"))
+        return VideoRecord.model_validate_json(names[-1].read_bytes())
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    config = AppConfig(store=str(tmp_path_factory.mktemp("store")), port=free_port())
+    with run_service(config) as url:
+        yield Running(url, Store(config.store))
+
+
+@pytest.fixture(scope="module")
+def http(service: Running) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=service.url, timeout=120) as client:
+        yield client
+
+
+def test_a_stream_arrives_while_it_is_made(service: Running, http: httpx.Client, tmp_path: Path) -> None:
+    """Six chunks, the last one cut, at a size at which a chunk takes a while."""
+    seconds, frames = 7.5, 180
+    body = {"prompt": PROMPT, "seconds": seconds, "size": "192x128", "seed": 3}
+    with http.stream("POST", "/v1/videos/stream", json=body) as live:
+        assert (live.status_code, live.headers["content-type"]) == (200, "video/mp4")
+        video_id = live.headers["x-video-id"]
+        parts = live.iter_raw()
+        first = reader(parts)
+        boxes = read_boxes(first)
+        kinds = [next(boxes) for _ in range(4)]
+        arrived = time.time()  # the head and the whole first fragment
+        # A second viewer, late by a fragment, while the video is being made.
+        with http.stream("GET", f"/v1/videos/{video_id}/content") as late:
+            assert "content-length" not in late.headers
+            late_bytes = b"".join(late.iter_raw())
+        live_bytes = b"".join(box for _, box in kinds) + b"".join(box for _, box in boxes)
+
+    record = service.record(video_id)
+    assert [kind for kind, _ in kinds] == ["ftyp", "moov", "moof", "mdat"]
+    assert [chunk.frames for chunk in record.chunks] == [33, 33, 33, 33, 33, 15]
+    assert arrived < record.chunks[3].timings.sample_started_at, "the first fragment came after the fourth chunk began"
+
+    download = http.get(f"/v1/videos/{video_id}/content")
+    assert live_bytes == download.content == late_bytes
+    assert int(download.headers["content-length"]) == len(live_bytes)
+
+    path = tmp_path / "video.mp4"
+    path.write_bytes(live_bytes)
+    assert pts_of(path) == [Fraction(i, 24) for i in range(frames)]
+    ffmpeg = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "warning", "-xerror", "-i", str(path), "-f", "null", "-"]
+    judged = subprocess.run(ffmpeg, capture_output=True, text=True, check=True)
+    assert judged.stderr == ""
+
+    status = http.get(f"/v1/videos/{video_id}").json()
+    assert (status["status"], status["progress"], status["error"]) == ("completed", 100, None)
+    assert status["usage"]["chunks"] == 6
+    assert status["usage"]["steps"] == 12 + 5 * 6  # 2,2,2 with the first chunk amplified
+
+
+def test_the_director_never_held_a_latent(service: Running, http: httpx.Client) -> None:
+    """To unpickle one it would have had to import torch."""
+    finish(http, {"prompt": PROMPT, "seconds": 2})
+    director = serve.get_deployment_handle("Director", APP_NAME)
+    assert director.imported_torch.remote().result() is False
+
+
+def test_service_command_line_and_library_make_the_same_video(
+    service: Running, http: httpx.Client, tmp_path: Path
+) -> None:
+    by_service = finish(http, {"prompt": PROMPT, "seconds": 2.5, "seed": 11, "preset": "realtime"})
+    path = tmp_path / "cli.mp4"
+    options = ["-o", str(path), "--seconds", "2.5", "--seed", "11", "--steps", "1,1,1"]
+    subprocess.run([*HELIOS, "generate", PROMPT, *options], check=True, capture_output=True)
+    assert path.read_bytes() == by_service
+
+    # H.264 is lossy, so frames of the library are compared by what they are encoded to.
+    by_library = b""
+    for chunk in Helios.load("demo").stream(PROMPT, seconds=2.5, seed=11, preset="realtime"):
+        first_frame = chunk.index * CHUNK_FRAMES
+        fragment = encode_fragment(chunk.frames, chunk_index=chunk.index, first_frame=first_frame, fps=24)
+        by_library += fragment.data if chunk.index else fragment.init + fragment.data
+    assert by_library == by_service
+
+
+def test_created_videos_are_made_unwatched(http: httpx.Client) -> None:
+    created = http.post("/v1/videos", json={"prompt": PROMPT, "seconds": "2", "seed": 5, "steps": [1, 1, 1]}).json()
+    assert (created["object"], created["status"], created["model"]) == ("video", "queued", "demo")
+    assert (created["seconds"], created["size"], created["frames"]) == ("2", "128x64", 48)
+    content = http.get(f"/v1/videos/{created['id']}/content").content
+    assert http.get(f"/v1/videos/{created['id']}").json()["status"] == "completed"
+    assert content == http.get(f"/v1/videos/{created['id']}/content").content
+
+
+def test_leaving_a_stream_cancels_its_video(service: Running, http: httpx.Client) -> None:
+    with http.stream("POST", "/v1/videos/stream", json={"prompt": PROMPT, "seconds": 600}) as live:
+        video_id = live.headers["x-video-id"]
+        next(read_boxes(reader(live.iter_raw())))
+    # The watch of a live video ends when the video does; this one is cut off, because it was cancelled.
+    with pytest.raises(httpx.RemoteProtocolError), http.stream("GET", f"/v1/videos/{video_id}/content") as rest:
+        if rest.status_code == 409:
+            raise httpx.RemoteProtocolError("it had ended already")
+        for _ in rest.iter_raw():
+            pass
+    assert http.get(f"/v1/videos/{video_id}").json()["status"] == "cancelled"
+    assert http.get(f"/v1/videos/{video_id}/content").status_code == 409
+    finish(http, {"prompt": PROMPT, "seconds": 1})  # the sampler is free again
+
+
+def test_models_and_health(http: httpx.Client) -> None:
+    (model,) = http.get("/v1/models").json()["data"]
+    assert (model["id"], model["variant"], model["size_multiple"]) == ("demo", "distilled", 64)
+    assert model["presets"] == {"realtime": [1, 1, 1], "quality": [2, 2, 2]}
+    assert http.get("/healthz").json() == {"status": "alive"}
+    assert http.get("/readyz").json()["status"] == "ready"
+
+
+def test_memory_of_the_sampler_does_not_grow(http: httpx.Client) -> None:
+    body = {"prompt": PROMPT, "seconds": 41 * 33 / 24, "size": "64x64", "preset": "realtime"}
+    with http.stream("POST", "/v1/videos/stream", json=body) as live:
+        memory = memory_after_fragments(reader(live.iter_raw()), sampler_process())
+    assert memory[40] == pytest.approx(memory[4], rel=0.05)
+
+
+def test_memory_of_generate_does_not_grow() -> None:
+    seconds = str(41 * 33 / 24)
+    options = ["--seconds", seconds, "--size", "64x64", "--preset", "realtime", "-o", "/dev/stdout"]
+    with subprocess.Popen(
+        [*HELIOS, "generate", PROMPT, *options], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as process:
+        assert process.stdout is not None
+        memory = memory_after_fragments(process.stdout.read, psutil.Process(process.pid))
+    assert process.returncode == 0
+    assert memory[40] == pytest.approx(memory[4], rel=0.05)
+
+
+def finish(http: httpx.Client, body: dict[str, object]) -> bytes:
+    """The whole video of a request."""
+    answer = http.post("/v1/videos/stream", json=body)
+    assert answer.status_code == 200, answer.text
+    return answer.content
+
+
+def memory_after_fragments(read, process: psutil.Process) -> dict[int, int]:  # type: ignore[no-untyped-def]
+    """Bytes of resident memory of `process` when the fourth and the fortieth fragment had arrived."""
+    memory, fragments = {}, 0
+    for kind, _ in read_boxes(read):
+        fragments += kind == "mdat"
+        if kind == "mdat" and fragments in (4, 40):
+            memory[fragments] = process.memory_info().rss
+    assert fragments == 41
+    return memory
+
+
+def sampler_process() -> psutil.Process:
+    title = f"ray::ServeReplica:{APP_NAME}:Sampler"
+    (process,) = [p for p in psutil.process_iter() if any(title in part for part in p.cmdline())]
+    return process
+
+
+def pts_of(path: Path) -> list[Fraction]:
+    with av.open(str(path)) as container:
+        return [frame.pts * frame.time_base for frame in container.decode(video=0)]  # type: ignore[operator]
