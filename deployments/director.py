@@ -7,6 +7,7 @@ this very loop in one process; deployments/app.py puts it into a Serve replica. 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import time
 from collections.abc import AsyncIterator
@@ -90,7 +91,8 @@ class Director:
         await self._store.accept(request)
         record = VideoRecord(id=request.id, created_at=request.created_at, spec=request.spec)
         video = self._running[request.id] = RunningVideo(record)
-        video.task = asyncio.create_task(self._lead(video), name=request.id)
+        # In a context of its own: a video outlives the request that created it, and Ray cancels a request's calls with it.
+        video.task = asyncio.create_task(self._lead(video), name=request.id, context=contextvars.Context())
         return record
 
     async def get(self, video_id: str) -> VideoRecord:
