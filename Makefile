@@ -25,7 +25,7 @@ format: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix .
 
 figures: $(VENV)/dev.stamp  ## every measured figure of the README, measured again
-	$(BIN)/python -m tests.figures
+	$(BIN)/python -m load_tests.figures
 
 # torch is pinned, so that pip does not reach for the newest build with its gigabytes of CUDA.
 $(VENV)/run.stamp: pyproject.toml constraints.txt

@@ -99,8 +99,10 @@ def generate(
     )
     total = round(seconds * NATIVE_FPS)
     latents = []
+    if save_latents is not None:
+        writable(save_latents)
     with writable(output).open("wb") as file, progress_bar() as progress:
-        task = progress.add_task("", total=total, rate=0.0, real_time=0.0)
+        task = progress.add_task("", total=total, chunk=0, chunks=-(-total // CHUNK_FRAMES), rate=0.0, real_time=0.0)
         first_frame, start = 0, time.perf_counter()
         for chunk in chunks:
             fragment = encode_fragment(chunk.frames, chunk_index=chunk.index, first_frame=first_frame, fps=NATIVE_FPS)
@@ -108,11 +110,11 @@ def generate(
             file.flush()
             first_frame += fragment.frames
             rate = first_frame / (time.perf_counter() - start)
-            progress.update(task, completed=first_frame, rate=rate, real_time=rate / NATIVE_FPS)
+            progress.update(task, chunk=chunk.index + 1, completed=first_frame, rate=rate, real_time=rate / NATIVE_FPS)
             if save_latents is not None:
                 latents.append(chunk.state.latents.clone())
     if save_latents is not None:
-        safetensors.torch.save_file({"latents": torch.cat(latents, dim=2)}, writable(save_latents))
+        safetensors.torch.save_file({"latents": torch.cat(latents, dim=2)}, save_latents)
     console.print(f"{output}: {first_frame} frames")
 
 
@@ -139,7 +141,7 @@ def save_stream(url: str, prompt: str, seconds: float, output: Path) -> None:
     """POST /v1/videos/stream into a file, with a line for every fragment that arrives."""
     body = json.dumps({"prompt": prompt, "seconds": seconds}).encode()
     request = urllib.request.Request(f"{url}/v1/videos/stream", data=body, headers={"Content-Type": "application/json"})
-    begin = time.perf_counter()
+    begin, made = time.perf_counter(), 0
     with urllib.request.urlopen(request) as response, output.open("wb") as file:
         video = f"{url}/v1/videos/{response.headers['X-Video-Id']}"
         while data := response.read1():
@@ -147,10 +149,10 @@ def save_stream(url: str, prompt: str, seconds: float, output: Path) -> None:
             file.flush()
             with urllib.request.urlopen(video) as answer:
                 status = json.load(answer)
-            console.print(
-                f"{time.perf_counter() - begin:6.2f} s  {file.tell():8d} bytes on disk  "
-                f"{status['usage']['chunks']} of {-(-status['frames'] // CHUNK_FRAMES)} chunks made"
-            )
+            if status["usage"]["chunks"] > made:
+                made, chunks = status["usage"]["chunks"], -(-status["frames"] // CHUNK_FRAMES)
+                elapsed = time.perf_counter() - begin
+                console.print(f"{elapsed:6.2f} s  {made} of {chunks} chunks made, {file.tell()} bytes on disk")
     elapsed = time.perf_counter() - begin
     console.print(f"{output}: {status['frames']} frames, {status['seconds']} s of video in {elapsed:.2f} s")
 
@@ -190,7 +192,7 @@ def writable(path: Path) -> Path:
 def progress_bar() -> Progress:
     """Chunk by chunk: frames, frames per second, real-time factor (seconds of video per second), time left."""
     columns: list[Any] = [
-        TextColumn("frame {task.completed:.0f}/{task.total:.0f}"),
+        TextColumn("chunk {task.fields[chunk]}/{task.fields[chunks]}, frame {task.completed:.0f}/{task.total:.0f}"),
         BarColumn(),
         TextColumn("{task.fields[rate]:.1f} frames/s, {task.fields[real_time]:.2f} x real time"),
         TimeRemainingColumn(),

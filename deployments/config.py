@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Annotated
 
 import pydantic
 import yaml
@@ -20,6 +22,12 @@ class ConfigError(HeliosError):
 
 class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+# A strict model takes a dataclass only as an instance; files hold a mapping. Its fields stay strict.
+FROM_MAPPING = pydantic.GetPydanticSchema(
+    lambda cls, handler: {**handler.resolve_ref_schema(handler(cls)), "strict": False}
+)
 
 
 class Pool(Settings):
@@ -53,10 +61,10 @@ class AppConfig(Settings):
     model: str = "demo"
     store: str = "./helios-data"  # a folder, or s3://, gs://, az://
     host: str = "127.0.0.1"
-    port: int = Field(8000, ge=0, le=65535)
+    port: int = Field(8000, ge=1, le=65535)
     torch_threads: int | None = Field(None, ge=1)  # None: half of the cores (helios_core.checkpoints.use_threads)
     max_body_bytes: int = Field(1 << 20, ge=1024)
-    limits: Limits = Limits()
+    limits: Annotated[Limits, FROM_MAPPING] = Limits()
     ingress: Pool = Pool()
     director: Pool = Pool()
     text_encoder: ModelPool = ModelPool()
@@ -72,7 +80,7 @@ class AppConfig(Settings):
 
     def override(self, **changes: object) -> AppConfig:
         """This configuration with the settings that are not None replaced, and checked again. Raises ConfigError."""
-        data = self.model_dump() | {name: value for name, value in changes.items() if value is not None}
+        data = self.model_dump(mode="json") | {name: value for name, value in changes.items() if value is not None}
         return self._checked(data, "the command line")
 
     def with_replicas(self, **pools: int | None) -> AppConfig:
@@ -92,14 +100,19 @@ class AppConfig(Settings):
         """
         try:
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (
+            OSError,
+            ValueError,
+            yaml.YAMLError,
+        ) as error:  # ValueError: not UTF-8, or 2026-13-01
             raise ConfigError(f"{path}: not readable as YAML: {error}") from None
         return cls._checked({} if data is None else data, str(path))
 
     @classmethod
     def _checked(cls, data: object, source: str) -> AppConfig:
         try:
-            return cls.model_validate(data)
+            # As JSON, where a mapping may become a dataclass although types are strict.
+            return cls.model_validate_json(json.dumps(data, default=str))
         except pydantic.ValidationError as error:
             first = error.errors()[0]
             name = ".".join(str(part) for part in first["loc"]) or "the whole"

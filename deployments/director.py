@@ -91,7 +91,8 @@ class Director:
         await self._store.accept(request)
         record = VideoRecord(id=request.id, created_at=request.created_at, spec=request.spec)
         video = self._running[request.id] = RunningVideo(record)
-        # In a context of its own: a video outlives the request that created it, and Ray cancels a request's calls with it.
+        # In a context of its own: a video outlives the request that created it, but Ray cancels a request's calls with
+        # the request.
         video.task = asyncio.create_task(self._lead(video), name=request.id, context=contextvars.Context())
         return record
 

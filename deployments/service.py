@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -34,6 +35,7 @@ def run_service(config: AppConfig) -> Iterator[str]:
     """
     with Store(config.store).lock():
         graph = build_app(config)
+        _check_port(config.host, config.port)
         joins = "RAY_ADDRESS" in os.environ
         ray.init(
             include_dashboard=None if joins else False,
@@ -41,6 +43,7 @@ def run_service(config: AppConfig) -> Iterator[str]:
             logging_level=logging.WARNING,
             log_to_driver=False,
         )
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         try:
             serve.start(http_options={"host": config.host, "port": config.port})
             try:
@@ -51,3 +54,12 @@ def run_service(config: AppConfig) -> Iterator[str]:
         finally:
             serve.shutdown()
             ray.shutdown()
+
+
+def _check_port(host: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise StartFailed(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from None

@@ -134,7 +134,7 @@ def _random(name: str, parameter: nn.Parameter, generator: torch.Generator) -> T
 
 
 def _write_shards(stem: Path, weights: dict[str, Tensor]) -> None:
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i in range(SHARDS):
         name = f"{stem.name}-{i + 1:05d}-of-{SHARDS:05d}.safetensors"
         keys = sorted(weights)[i::SHARDS]

@@ -42,7 +42,7 @@ class Denoiser(Protocol):
         ...
 
     def __call__(self, latents: Tensor, timestep: float, context: Any) -> Tensor:
-        """The velocity at `latents` [B, C, T, h', w'], in the model's dtype."""
+        """The velocity at `latents` [B, C, T, h', w'] of any float dtype, in the model's dtype."""
         ...
 
 
@@ -111,7 +111,7 @@ def sample_chunk(
     def velocity(stage: Stage, x: Tensor, timestep: float) -> Tensor:
         if on_step is not None:
             on_step(stage.index)
-        return model(x.to(model.dtype), timestep, context)
+        return model(x, timestep, context)
 
     noise = chunk_noise((1, c, CHUNK_LATENTS, h, w), generator)
     latents = noise.to(model.device)

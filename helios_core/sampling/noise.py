@@ -18,7 +18,7 @@ def chunk_noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 
 def block_noise(shape: tuple[int, ...], gamma: float, generator: torch.Generator) -> Tensor:
-    """Noise of unit variance plus gamma, with covariance -gamma inside each 2x2 block; fp32 on the CPU.
+    """Noise of unit variance, with covariance -gamma inside each 2x2 block; fp32 on the CPU.
 
     Added to a nearest-neighbour upsampling, whose blocks are fully correlated, it makes the noise white again
     (Pyramidal Flow Matching, Jin et al. 2024, appendix on renoising). `shape`: [1, C, T, h, w], h and w even.
@@ -35,7 +35,7 @@ def block_noise(shape: tuple[int, ...], gamma: float, generator: torch.Generator
 
 @functools.lru_cache
 def _block_factor(gamma: float) -> Tensor:
-    """Lower Cholesky factor [4, 4], fp32, of the block covariance (1 + gamma) I - gamma.
+    """Lower Cholesky factor [4, 4], fp32, of the block covariance: 1 on the diagonal, -gamma elsewhere.
 
     For the official gamma = 1/3 the matrix is singular: its jitter of 1e-8 is lost in fp32, where the reference's
     factorisation fails on a CPU. In double precision it holds.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
@@ -37,7 +37,7 @@ def few_step(
     is drawn between steps. Arithmetic in fp64; the result has the dtype of the velocity.
     """
     latents = start
-    points: Sequence = few_step_points(stage, steps, tokens, config)
+    points = few_step_points(stage, steps, tokens, config)
     for point in points:
         v = velocity(latents, point.timestep)
         clean = (latents.double() - point.sigma * v.double()).to(v.dtype)
