@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from helios_core.config import CHUNK_FRAMES, NATIVE_FPS
 from helios_core.errors import HeliosError, InvalidInput
+from helios_core.spec import VideoRequest
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -84,24 +85,26 @@ def generate(
     import safetensors.torch
     import torch
 
+    from helios_core.checkpoints import Checkpoint
     from helios_core.helios import Helios
     from helios_core.media.fragments import encode_fragment
 
-    helios = Helios.load(model, device, dtype)
-    chunks = helios.stream(
-        prompt,
-        size=size,
-        seconds=seconds,
-        seed=seed,
-        steps=None if steps is None else parse_steps(steps),
-        preset=preset,
-        amplify_first_chunk=amplify_first_chunk,
-    )
+    check_writable("output", output)
+    if save_latents is not None:
+        check_writable("save_latents", save_latents)
+    settings: dict[str, Any] = {
+        "size": size,
+        "seconds": seconds,
+        "seed": seed,
+        "steps": None if steps is None else parse_steps(steps),
+        "preset": preset,
+        "amplify_first_chunk": amplify_first_chunk,
+    }
+    VideoRequest(prompt, **settings).check(Checkpoint.open(model).card)  # before minutes go into loading weights
+    chunks = Helios.load(model, device, dtype).stream(prompt, **settings)
     total = round(seconds * NATIVE_FPS)
     latents = []
-    if save_latents is not None:
-        writable(save_latents)
-    with writable(output).open("wb") as file, progress_bar() as progress:
+    with output.open("wb") as file, progress_bar() as progress:
         task = progress.add_task("", total=total, chunk=0, chunks=-(-total // CHUNK_FRAMES), rate=0.0, real_time=0.0)
         first_frame, start = 0, time.perf_counter()
         for chunk in chunks:
@@ -129,7 +132,7 @@ def demo(
     from deployments.config import AppConfig
     from deployments.service import run_service
 
-    writable(output)
+    check_writable("output", output)
     with tempfile.TemporaryDirectory() as store:
         console.print(f"starting the service on the model {model}")
         with run_service(AppConfig(model=model, store=store, port=free_port())) as url:
@@ -180,13 +183,15 @@ def parse_steps(text: str) -> tuple[int, ...]:
         raise InvalidInput("steps", text, "whole numbers with commas between, for example 2,2,2") from None
 
 
-def writable(path: Path) -> Path:
-    """`path`, if a file can be made there. Raises InvalidInput before any work is lost."""
+def check_writable(option: str, path: Path) -> None:
+    """Raises InvalidInput if no file can be made at `path`, before any work is lost. Leaves no file behind."""
+    existed = path.exists()
     try:
         path.open("ab").close()
     except OSError as error:
-        raise InvalidInput("output", str(path), f"a file that can be written ({error.strerror})") from None
-    return path
+        raise InvalidInput(option, str(path), f"a file that can be written ({error.strerror})") from None
+    if not existed:
+        path.resolve().unlink()  # the file, not a link to it
 
 
 def progress_bar() -> Progress:

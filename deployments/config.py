@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
 
 import pydantic
 import yaml
@@ -22,12 +21,6 @@ class ConfigError(HeliosError):
 
 class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-# A strict model takes a dataclass only as an instance; files hold a mapping. Its fields stay strict.
-FROM_MAPPING = pydantic.GetPydanticSchema(
-    lambda cls, handler: {**handler.resolve_ref_schema(handler(cls)), "strict": False}
-)
 
 
 class Pool(Settings):
@@ -64,7 +57,7 @@ class AppConfig(Settings):
     port: int = Field(8000, ge=1, le=65535)
     torch_threads: int | None = Field(None, ge=1)  # None: half of the cores (helios_core.checkpoints.use_threads)
     max_body_bytes: int = Field(1 << 20, ge=1024)
-    limits: Annotated[Limits, FROM_MAPPING] = Limits()
+    limits: Limits = Limits()
     ingress: Pool = Pool()
     director: Pool = Pool()
     text_encoder: ModelPool = ModelPool()
@@ -100,11 +93,7 @@ class AppConfig(Settings):
         """
         try:
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (
-            OSError,
-            ValueError,
-            yaml.YAMLError,
-        ) as error:  # ValueError: not UTF-8, or 2026-13-01
+        except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or the date 2026-13-01
             raise ConfigError(f"{path}: not readable as YAML: {error}") from None
         return cls._checked({} if data is None else data, str(path))
 
@@ -117,3 +106,5 @@ class AppConfig(Settings):
             first = error.errors()[0]
             name = ".".join(str(part) for part in first["loc"]) or "the whole"
             raise ConfigError(f"{source}: {name} is {first['input']!r}: {first['msg']}") from None
+        except (TypeError, ValueError) as error:  # a date as a key, or a mapping that holds itself
+            raise ConfigError(f"{source}: not plain settings: {error}") from None

@@ -83,7 +83,10 @@ class Director:
         """Takes the lead of `store` with a new term. Videos that an earlier Director left unfinished end as failed."""
         director = cls(graph, store, await store.claim_term())
         for video_id in await store.active():
-            await director._close_interrupted(video_id)
+            try:
+                await director._close_interrupted(video_id)
+            except ValueError:  # another version wrote it; the rest of the store must still be served
+                logger.exception("video %s cannot be read and stays as it is", video_id)
         return director
 
     async def create(self, request: VideoRequestRecord) -> VideoRecord:
@@ -94,6 +97,7 @@ class Director:
         # In a context of its own: a video outlives the request that created it, but Ray cancels a request's calls with
         # the request.
         video.task = asyncio.create_task(self._lead(video), name=request.id, context=contextvars.Context())
+        await asyncio.sleep(0)  # lets it begin: a task cancelled before its first step runs nothing, not even its end
         return record
 
     async def get(self, video_id: str) -> VideoRecord:
@@ -178,6 +182,8 @@ class Director:
                 if commit is not None:
                     await commit
                 commit = renders.create_task(self._render_and_commit(video, state, sampled))
+            if commit is not None:
+                await commit  # a task group takes a task that was cancelled for one that is done
 
     async def _render_and_commit(self, video: RunningVideo, state: Ref, sampled: SampleReport) -> None:
         rendered = await self._graph.render(video.record.id, video.record.spec, self._term, state, sampled)

@@ -17,7 +17,7 @@ from types import MappingProxyType
 import safetensors
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError
 from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import nn
@@ -100,7 +100,7 @@ class Checkpoint:
                 f"{transformer.out_channels} and vae z_dim {vae.z_dim} must be equal"
             )
         card = ModelCard(
-            id=model if known or not Path(model).is_dir() else folder.name,
+            id=folder.name if _is_folder(model) and not known else model,
             variant=variant,
             stages=scheduler.stages,
             size_multiple=vae.scale_factor_spatial * transformer.patch_size[1] * 2 ** (scheduler.stages - 1),
@@ -205,24 +205,30 @@ def download(model: str) -> Path:
 
     Raises CheckpointError if the id does not exist or cannot be reached and is not in the cache.
     """
+    unknown = f"model {model!r} is neither a folder, nor a hub id (owner/name), nor one of {', '.join(KNOWN_MODELS)}"
+    if "/" not in model:  # the hub still has a few ids without an owner; none is a Helios
+        raise CheckpointError(unknown)
     try:
         return Path(snapshot_download(model, allow_patterns=NEEDED_FILES))
     except HFValidationError:
-        raise CheckpointError(
-            f"model {model!r} is neither a folder, nor a hub id (owner/name), nor one of {', '.join(KNOWN_MODELS)}"
-        ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise CheckpointError(unknown) from None
+    except Exception as error:  # noqa: BLE001 - besides OSErrors the library lets those of its HTTP client through
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"model {model!r} is not a folder, is not in the local hub cache and could not be downloaded: {reason}"
         ) from None
 
 
+def _is_folder(model: str) -> bool:
+    # os.path answers False where Path raises: for names too long and unknown users.
+    return os.path.isdir(os.path.expanduser(model))
+
+
 def _folder(model: str) -> Path:
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path.resolve()
-    if path.exists():
+    path = os.path.expanduser(model)
+    if _is_folder(model):
+        return Path(path).resolve()
+    if os.path.exists(path):
         raise CheckpointError(f"model {model!r} is a file; a checkpoint is a folder in the official layout")
     if os.sep in model and (model.startswith((".", "/", "~")) or model.count("/") > 1):
         raise CheckpointError(f"model {model!r}: no such folder")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from dataclasses import dataclass, field
 
@@ -20,6 +21,11 @@ class Limits:
     max_seconds: float = 600.0
     max_prompt_bytes: int = 8192
     max_steps_per_stage: int = 50
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not value > 0:  # also refuses NaN
+                raise ValueError(f"{name} is {value}; allowed: more than 0")
 
 
 @dataclass(frozen=True)
@@ -153,42 +159,24 @@ def _check_prompt(prompt: str, limits: Limits) -> None:
 
 
 def _check_size(size: str | None, card: ModelCard, limits: Limits) -> tuple[int, int]:
-    """(width, height) from "WIDTHxHEIGHT"."""
-    if size is None:
-        return card.default_size
+    """(width, height) from "WIDTHxHEIGHT". The model's own size is checked too: the limits may be below it."""
+    size = _shown(*card.default_size) if size is None else size
     parts = size.split("x")
     if len(parts) != 2 or not all(p.isascii() and p.isdigit() and len(p) <= 6 for p in parts):
         raise InvalidInput("size", size, f"WIDTHxHEIGHT in pixels, for example {_shown(*card.default_size)}")
     width, height = int(parts[0]), int(parts[1])
     m = card.size_multiple
-    # Largest side that is a valid one: sides beyond it are pulled back to it in the suggestion.
-    top = limits.max_side // m * m
-
-    def valid(w: int, h: int) -> bool:
-        return m <= w <= top and m <= h <= top and w % m == 0 and h % m == 0 and w * h <= limits.max_pixels
-
-    if not valid(width, height):
-        near = sorted(
-            {
-                (w, h)
-                for w in _around(width, m, top)
-                for h in _around(height, m, min(top, limits.max_pixels // w // m * m))
-                if valid(w, h)
-            },
-            key=lambda wh: abs(wh[0] - width) + abs(wh[1] - height),
-        )[:2]
+    sides = range(m, limits.max_side + 1, m)
+    if width not in sides or height not in sides or width * height > limits.max_pixels:
+        fitting = [(w, h) for w in sides for h in sides if w * h <= limits.max_pixels]
+        near = heapq.nsmallest(2, fitting, key=lambda wh: abs(wh[0] - width) + abs(wh[1] - height))
         raise InvalidInput(
             "size",
             size,
-            f"width and height multiples of {m} from {m} to {top}, at most {limits.max_pixels} pixels in all; "
-            f"nearest: {', '.join(_shown(*wh) for wh in near)}",
+            f"width and height multiples of {m} from {m} to {limits.max_side}, "
+            f"at most {limits.max_pixels} pixels in all; nearest: {', '.join(_shown(*wh) for wh in near)}",
         )
     return width, height
-
-
-def _around(side: int, multiple: int, top: int) -> tuple[int, int]:
-    below = min(max(side // multiple * multiple, multiple), top)
-    return below, min(max(-(-side // multiple) * multiple, multiple), top)
 
 
 def _shown(width: int, height: int) -> str:

@@ -71,11 +71,15 @@ class StreamState:
         return self.history[:, :, -CHUNK_LATENTS:]
 
     def to_bytes(self) -> bytes:
-        """As a safetensors file."""
-        tensors = {"history": self.history, "generator_state": self.generator_state}
+        """As a safetensors file. Equal states give equal bytes."""
+        tensors = {
+            "chunk_index": torch.tensor(self.chunk_index),  # not metadata, which is written in no fixed order
+            "history": self.history,
+            "generator_state": self.generator_state,
+        }
         if self.anchor is not None:
             tensors["anchor"] = self.anchor
-        return safetensors.torch.save(tensors, {"format": FORMAT, "chunk_index": str(self.chunk_index)})
+        return safetensors.torch.save(tensors, {"format": FORMAT})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> StreamState:
@@ -91,9 +95,12 @@ class StreamState:
         metadata = json.loads(data[8 : 8 + header]).get("__metadata__", {})
         if metadata.get("format") != FORMAT:
             raise BadState(f"format of the state is {metadata.get('format')!r}; supported: {FORMAT!r}")
-        return cls(
-            chunk_index=int(metadata["chunk_index"]),
-            history=tensors["history"],
-            anchor=tensors.get("anchor"),
-            generator_state=tensors["generator_state"],
-        )
+        try:
+            return cls(
+                chunk_index=int(tensors["chunk_index"]),
+                history=tensors["history"],
+                anchor=tensors.get("anchor"),
+                generator_state=tensors["generator_state"],
+            )
+        except KeyError as error:
+            raise BadState(f"the state is incomplete: it has no {error}") from None

@@ -15,6 +15,7 @@ import httpx
 import imageio_ffmpeg
 import psutil
 import pytest
+from av.video.reformatter import Colorspace
 from ray import serve
 
 from deployments.cli import free_port
@@ -85,6 +86,11 @@ def test_a_stream_arrives_while_it_is_made(service: Running, http: httpx.Client,
     path = tmp_path / "video.mp4"
     path.write_bytes(live_bytes)
     assert pts_of(path) == [Fraction(i, 24) for i in range(frames)]
+    with av.open(str(path)) as container:
+        codec = container.streams.video[0].codec_context
+        assert (codec.name, codec.pix_fmt, codec.colorspace, codec.width, codec.height) == (
+            "h264", "yuv420p", Colorspace.ITU709, 192, 128,
+        )  # fmt: skip
     ffmpeg = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "warning", "-xerror", "-i", str(path), "-f", "null", "-"]
     judged = subprocess.run(ffmpeg, capture_output=True, text=True, check=True)
     assert judged.stderr == ""

@@ -1,0 +1,56 @@
+"""The graph as it is deployed: resources and scaling come from the configuration, the README's own included."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deployments.app import build_app, deploy
+from deployments.config import AppConfig, Pool
+from deployments.sampler import Sampler
+from helios_core.errors import CheckpointError
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def readme_config(tmp_path: Path) -> AppConfig:
+    (yaml,) = re.findall(r"```yaml\n(.*?)```", README.read_text(), re.DOTALL)
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml)
+    return AppConfig.read(path)
+
+
+def options(pool: Pool) -> Any:
+    return deploy(Sampler, pool, at_once=1)
+
+
+def test_sampler_of_the_readme_gets_an_h100_per_replica_and_is_scaled(tmp_path: Path) -> None:
+    sampler = options(readme_config(tmp_path).sampler)
+    assert sampler.ray_actor_options == {"num_cpus": 4, "num_gpus": 1, "accelerator_type": "H100"}
+    scaling = sampler._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (1, 8, 1)
+    assert sampler.max_ongoing_requests == 1
+
+
+def test_defaults_fit_on_a_laptop() -> None:
+    config = AppConfig()
+    pools = [config.ingress, config.director, config.text_encoder, config.sampler, config.vae_decoder]
+    assert sum(pool.num_cpus * pool.max_replicas for pool in pools) <= 1
+    assert all(pool.num_gpus == 0 and pool.accelerator_type is None for pool in pools)
+    assert options(config.sampler).num_replicas == 1
+
+
+def test_five_deployments_are_wired(tmp_path: Path) -> None:
+    ingress = build_app(AppConfig(store=str(tmp_path)))
+    assert ingress._bound_deployment.name == "Ingress"
+    director = ingress._bound_deployment.init_args[2]
+    parts = [part._bound_deployment.name for part in director._bound_deployment.init_args[1:]]
+    assert (director._bound_deployment.name, parts) == ("Director", ["TextEncoder", "Sampler", "VaeDecoder"])
+
+
+def test_a_broken_checkpoint_is_refused_before_anything_is_deployed(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"model_index.json|transformer/config.json"):
+        build_app(AppConfig(model=str(tmp_path)))

@@ -1,0 +1,405 @@
+"""The Director over the real replicas in one process: order, watchers, failures, cancelling, what the store holds.
+
+Order is asserted, never time: a gate holds a call until the test has seen what it waited for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deployments.config import AppConfig
+from deployments.director import Director, NoSuchVideo
+from deployments.records import ChunkRecord, Rendered, SampleReport, VideoError, VideoRecord, VideoRequestRecord
+from deployments.store import Store, StoreUnavailable, new_video_id
+from helios_core.config import CHUNK_FRAMES
+from helios_core.errors import HeliosError, InvalidInput, MediaError
+from helios_core.spec import VideoSpec
+from tests.deployments.local import LocalGraph
+
+PROMPT = "a red sun over a blue sea"
+
+Event = ChunkRecord | VideoRecord
+
+
+class Gate:
+    """A point that a video passes only when the test has opened it."""
+
+    def __init__(self) -> None:
+        self.reached, self.opened = asyncio.Event(), asyncio.Event()
+
+    def open(self) -> Gate:
+        self.opened.set()
+        return self
+
+
+class GatedGraph(LocalGraph):
+    """A LocalGraph with a point before each call, `encode`, `sample 1`, `render 1`, and one after: `sampled 1`.
+
+    There a test may place a gate or an error, for the video of one prompt.
+    """
+
+    def __init__(self, config: AppConfig) -> None:
+        super().__init__(config)
+        self.gates: dict[tuple[str, str], Gate] = {}
+        self.errors: dict[tuple[str, str], BaseException] = {}
+
+    def gate(self, point: str, prompt: str = PROMPT) -> Gate:
+        return self.gates.setdefault((prompt, point), Gate())
+
+    async def encode(self, video_id: str, prompt: str) -> Any:
+        await self._pass("encode", prompt)
+        return await super().encode(video_id, prompt)
+
+    async def sample(self, spec: VideoSpec, index: int, text: Any, state: Any) -> tuple[Any, SampleReport]:
+        await self._pass(f"sample {index}", spec.prompt)
+        sampled = await super().sample(spec, index, text, state)
+        await self._pass(f"sampled {index}", spec.prompt)
+        return sampled
+
+    async def render(self, video_id: str, spec: VideoSpec, term: int, state: Any, sampled: SampleReport) -> Rendered:
+        await self._pass(f"render {state.chunk_index - 1}", spec.prompt)
+        return await super().render(video_id, spec, term, state, sampled)
+
+    async def _pass(self, point: str, prompt: str) -> None:
+        if gate := self.gates.get((prompt, point)):
+            gate.reached.set()
+            await gate.opened.wait()
+        if error := self.errors.get((prompt, point)):
+            raise error
+
+
+class LoggedStore(Store):
+    """A Store that writes commits into the graph's log, until it is `away`."""
+
+    def __init__(self, url: str, log: list[str]) -> None:
+        super().__init__(url)
+        self.log = log
+        self.away = False
+
+    async def put_record(self, record: VideoRecord, term: int) -> None:
+        if self.away:
+            raise StoreUnavailable(f"{self.url}: gone")
+        await super().put_record(record, term)
+        self.log.append(record.status if record.ended else f"committed {len(record.chunks) - 1}")
+
+
+class Rig:
+    """A Director, its parts, and short ways to use it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        config = AppConfig(store=str(folder))
+        self.graph = GatedGraph(config)
+        self.store = LoggedStore(config.store, self.graph.log)
+        self.director: Director
+
+    async def start(self) -> Rig:
+        self.director = await Director.start(self.graph, self.store)
+        return self
+
+    async def create(self, chunks: int = 3, prompt: str = PROMPT) -> str:
+        return (await self.director.create(request(chunks, prompt))).id
+
+    async def watched(self, video_id: str, from_chunk: int = 0) -> list[Event]:
+        return [event async for event in self.director.watch(video_id, from_chunk)]
+
+    async def ended(self, video_id: str) -> VideoRecord:
+        """The record that ends the watch, which is also the stored one."""
+        *_, record = await self.watched(video_id)
+        assert isinstance(record, VideoRecord)
+        assert record == await self.store.record(video_id) == await self.director.get(video_id)
+        assert video_id not in await self.store.active()
+        return record
+
+
+@pytest.fixture
+async def rig(tmp_path: Path) -> Rig:
+    return await Rig(tmp_path / "store").start()
+
+
+def request(chunks: int = 3, prompt: str = PROMPT) -> VideoRequestRecord:
+    """The smallest and fastest video of so many chunks."""
+    spec = VideoSpec(
+        prompt=prompt,
+        model="demo",
+        width=64,
+        height=64,
+        seconds=chunks * CHUNK_FRAMES / 24,
+        seed=1,
+        steps=(1, 1, 1),
+        amplify_first_chunk=False,
+    )
+    return VideoRequestRecord(id=new_video_id(1.0), created_at=1.0, spec=spec)
+
+
+# The overlap of sampling and rendering
+
+
+async def test_sampling_runs_ahead_of_rendering_by_one_chunk(rig: Rig) -> None:
+    for k in range(3):  # each rendering is held until the next chunk has been sampled
+        rig.graph.gate(f"render {k}")
+        rig.graph.gate(f"sampled {k + 1}").open()
+    video_id = await rig.create(chunks=4)
+    for k in range(3):
+        await rig.graph.gate(f"sampled {k + 1}").reached.wait()
+        rig.graph.gate(f"render {k}").open()
+    await rig.ended(video_id)
+    assert rig.graph.log == [
+        *("sample 0", "sampled 0", "sample 1", "sampled 1"),
+        *("rendered 0", "committed 0", "sample 2", "sampled 2"),
+        *("rendered 1", "committed 1", "sample 3", "sampled 3"),
+        *("rendered 2", "committed 2", "rendered 3", "committed 3", "completed"),
+    ]
+
+
+async def test_a_chunk_arrives_while_the_next_is_sampled(rig: Rig) -> None:
+    gate = rig.graph.gate("sample 1")
+    video_id = await rig.create()
+    async with aclosing(rig.director.watch(video_id)) as events:
+        first = await anext(events)
+    assert isinstance(first, ChunkRecord) and first.index == 0
+    assert await rig.store.record(video_id) == await rig.director.get(video_id)  # it was committed before
+    assert not gate.opened.is_set()
+
+
+# Status
+
+
+async def test_status_goes_from_queued_to_completed(rig: Rig) -> None:
+    encode, sample = rig.graph.gate("encode"), rig.graph.gate("sample 0")
+    asked = request()
+    created = await rig.director.create(asked)
+    assert created == VideoRecord(id=asked.id, created_at=asked.created_at, spec=asked.spec, status="queued")
+    await encode.reached.wait()
+    assert await rig.director.get(asked.id) == created
+    assert (await rig.store.request(asked.id), await rig.store.active()) == (asked, [asked.id])
+
+    encode.open()
+    await sample.reached.wait()
+    started = await rig.director.get(asked.id)
+    assert (started.status, started.chunks, started.completed_at) == ("in_progress", (), None)
+    assert started.started_at is not None
+
+    sample.open()
+    record = await rig.ended(asked.id)
+    assert (record.status, record.error, record.started_at) == ("completed", None, started.started_at)
+    assert record.completed_at is not None and record.completed_at >= started.started_at
+    assert [chunk.index for chunk in record.chunks] == [0, 1, 2]
+    assert [chunk.frames for chunk in record.chunks] == [33, 33, 33]
+
+
+@pytest.mark.parametrize("call", ["get", "watch"])
+async def test_unknown_ids_are_refused(rig: Rig, call: str) -> None:
+    unknown = new_video_id(2.0)
+    with pytest.raises(NoSuchVideo, match=f"^no video has the id '{unknown}'$"):
+        await (rig.director.get(unknown) if call == "get" else rig.watched(unknown))
+    rig.director.cancel(unknown)  # nothing to stop, nothing to say
+
+
+# Watchers
+
+
+async def test_all_watchers_get_every_chunk_once_and_the_record_last(rig: Rig) -> None:
+    halfway = rig.graph.gate("sample 2")
+    video_id = await rig.create(chunks=4)
+    early = [asyncio.create_task(rig.watched(video_id, k)) for k in (0, 0, 1, 3, 9)]
+    await halfway.reached.wait()  # chunk 0 is committed, chunk 2 is not even sampled
+    late = rig.director.watch(video_id)
+    late_events = [await anext(late)]
+    halfway.open()
+    late_events += [event async for event in late]
+    record = await rig.ended(video_id)
+
+    def expected(from_chunk: int) -> list[Event]:
+        return [*record.chunks[from_chunk:], record]
+
+    assert len(record.chunks) == 4
+    assert late_events == expected(0)
+    assert await asyncio.gather(*early) == [expected(k) for k in (0, 0, 1, 3, 9)]
+    assert [await rig.watched(video_id, k) for k in (0, 2, 4, 9)] == [expected(k) for k in (0, 2, 4, 9)]  # afterwards
+
+
+async def test_a_watcher_who_leaves_changes_nothing_for_another(rig: Rig) -> None:
+    gate = rig.graph.gate("sample 1")
+    video_id = await rig.create()
+    stays = asyncio.create_task(rig.watched(video_id))
+    waits = asyncio.create_task(rig.watched(video_id))
+    async with aclosing(rig.director.watch(video_id)) as events:
+        await anext(events)
+    waits.cancel()  # it waits for chunk 1
+    gate.open()
+    record = await rig.ended(video_id)
+    assert record.status == "completed"
+    assert await stays == [*record.chunks, record]
+    assert waits.cancelled()
+
+
+async def test_create_and_watch_begins_with_the_accepted_video(rig: Rig) -> None:
+    asked = request()
+    created, *events = [event async for event in rig.director.create_and_watch(asked)]
+    record = await rig.ended(asked.id)
+    assert created == VideoRecord(id=asked.id, created_at=asked.created_at, spec=asked.spec, status="queued")
+    assert (record.status, events) == ("completed", [*record.chunks, record])
+
+
+@pytest.mark.parametrize("items", [1, 2])
+async def test_leaving_create_and_watch_cancels_the_video(rig: Rig, items: int) -> None:
+    """After the first item nothing of the video has run yet; after the second its first chunk is committed."""
+    rig.graph.gate("sample 1")
+    asked = request()
+    async with aclosing(rig.director.create_and_watch(asked)) as events:
+        for _ in range(items):
+            await anext(events)
+    record = await rig.ended(asked.id)
+    assert (record.status, len(record.chunks)) == ("cancelled", items - 1)
+
+
+# Failures
+
+CALLS = {"encode": 0, "sample 0": 0, "sample 2": 1, "render 0": 0, "render 1": 1, "render 2": 2}  # chunks before it
+
+
+@pytest.mark.parametrize("point", CALLS)
+@pytest.mark.parametrize("error", [InvalidInput("seed", -1, "at least 0"), MediaError("fragment 1: no frames")])
+async def test_an_error_of_ours_fails_its_video_alone(rig: Rig, point: str, error: HeliosError) -> None:
+    rig.graph.errors["a bad one", point] = error
+    other_gate = rig.graph.gate("sample 1")
+    other = await rig.create()
+    video_id = await rig.create(prompt="a bad one")
+    failed = await rig.ended(video_id)
+    assert (failed.status, len(failed.chunks)) == ("failed", CALLS[point])
+    assert failed.error == VideoError(code=error.code, message=str(error))
+    assert await rig.watched(video_id) == [*failed.chunks, failed]
+    other_gate.open()
+    assert (await rig.ended(other)).status == "completed"
+
+
+@pytest.mark.parametrize("point", ["encode", "sample 1", "render 1"])
+async def test_a_foreign_error_is_told_to_the_log_and_not_to_the_client(
+    rig: Rig, point: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    rig.graph.errors[PROMPT, point] = ValueError("an inner detail")
+    video_id = await rig.create()
+    failed = await rig.ended(video_id)
+    assert failed.status == "failed"
+    assert failed.error == VideoError(code="internal_error", message="the service failed while making this video")
+    assert video_id in caplog.text and "an inner detail" in caplog.text
+
+
+@pytest.mark.parametrize("point", ["encode", "sample 1", "render 0", "render 1"])
+async def test_a_video_that_lost_a_call_is_not_completed(rig: Rig, point: str) -> None:
+    """Ray tells of a call that was cancelled in the cluster with the same error as of one that we cancelled."""
+    rig.graph.errors[PROMPT, point] = asyncio.CancelledError()
+    record = await rig.ended(await rig.create(chunks=2))
+    assert record.status == "cancelled"
+
+
+async def test_a_lost_store_ends_the_watch_and_leaves_the_video_to_the_next_director(rig: Rig) -> None:
+    gate = rig.graph.gate("render 1")
+    video_id = await rig.create()
+    watching = asyncio.create_task(rig.watched(video_id))
+    await gate.reached.wait()
+    rig.store.away = True
+    gate.open()
+    *chunks, failed = await watching
+    assert isinstance(failed, VideoRecord) and len(chunks) == 1
+    assert (failed.status, failed.error) == (
+        "failed",
+        VideoError(code="store_unavailable", message=f"{rig.folder}: gone"),
+    )
+    assert await rig.store.active() == [video_id]
+    assert (await Rig(rig.folder).start()) and (await rig.store.record(video_id)).error.code == "interrupted"
+
+
+# Cancelling
+
+
+@pytest.mark.parametrize(("point", "committed"), [("encode", 0), ("sample 0", 0), ("sample 2", 1), ("render 2", 2)])
+async def test_a_cancelled_video_keeps_what_was_committed(rig: Rig, point: str, committed: int) -> None:
+    under_way = rig.graph.gate(point).open()  # the call itself is under way when the test goes on
+    video_id = await rig.create()
+    await under_way.reached.wait()
+    rig.director.cancel(video_id)
+    rig.director.cancel(video_id)
+    record = await rig.ended(video_id)
+    assert (record.status, record.error, len(record.chunks)) == ("cancelled", None, committed)
+    assert await rig.watched(video_id) == [*record.chunks, record]
+    for chunk in record.chunks:
+        assert len(await rig.store.read(chunk.fragment.key)) == chunk.fragment.bytes
+    assert (await rig.ended(await rig.create(chunks=1, prompt="another"))).status == "completed"  # all parts are free
+
+
+async def test_cancelling_an_ended_video_does_nothing(rig: Rig) -> None:
+    video_id = await rig.create(chunks=1)
+    record = await rig.ended(video_id)
+    rig.director.cancel(video_id)
+    assert record.status == "completed"
+    assert await rig.ended(video_id) == record
+
+
+# The store
+
+
+async def test_a_completed_video_leaves_exactly_these_objects(rig: Rig) -> None:
+    video_id = await rig.create()
+    record = await rig.ended(video_id)
+    folder = rig.folder / "videos" / video_id
+    (text,) = folder.joinpath("texts").iterdir()
+    assert sorted(str(path.relative_to(rig.folder)) for path in rig.folder.rglob("*") if path.is_file()) == [
+        "terms/000001",
+        f"videos/{video_id}/chunks/00000.t1.m4s",
+        f"videos/{video_id}/chunks/00001.t1.m4s",
+        f"videos/{video_id}/chunks/00002.t1.m4s",
+        f"videos/{video_id}/init.mp4",
+        f"videos/{video_id}/record.t1.json",
+        f"videos/{video_id}/request.json",
+        f"videos/{video_id}/states/00003.t1.safetensors",
+        f"videos/{video_id}/texts/{text.name}",
+    ]
+    assert record.init is not None
+    for named in (record.init, *(chunk.fragment for chunk in record.chunks), record.chunks[-1].state):
+        data = (rig.folder / named.key).read_bytes()
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (named.bytes, named.sha256)
+
+
+async def test_a_starting_director_closes_what_another_left_unfinished(rig: Rig) -> None:
+    accepted = request()
+    await rig.store.accept(accepted)  # and nothing else
+    gate = rig.graph.gate("render 1")
+    begun = await rig.create()
+    await gate.reached.wait()
+    done = await rig.create(chunks=1, prompt="a short one")
+    completed = await rig.ended(done)
+    left = await rig.director.get(begun)
+
+    second = await Rig(rig.folder).start()
+    error = VideoError(code="interrupted", message="the service stopped while this video was being made")
+    for video_id, chunks in ((accepted.id, ()), (begun, left.chunks)):
+        record = await second.ended(video_id)
+        assert (record.status, record.error, record.chunks) == ("failed", error, chunks)
+        assert await second.watched(video_id) == [*chunks, record]
+    assert len(left.chunks) == 1
+    assert await second.ended(done) == completed
+
+    # The first one still lives: what it writes from now on no longer counts.
+    closed = await second.director.get(begun)
+    gate.open()
+    *_, stale = await rig.watched(begun)
+    assert isinstance(stale, VideoRecord) and stale.status == "completed"
+    assert await second.ended(begun) == closed
+
+
+async def test_an_unreadable_video_does_not_keep_a_director_from_starting(rig: Rig) -> None:
+    broken, unfinished = request(), request()
+    for asked in (broken, unfinished):
+        await rig.store.accept(asked)
+    (rig.folder / f"videos/{broken.id}/request.json").write_text('{"written": "by another version"}')
+    second = await Rig(rig.folder).start()
+    assert (await second.ended(unfinished.id)).status == "failed"
+    assert (await second.ended(await second.create(chunks=1))).status == "completed"
