@@ -1,12 +1,12 @@
 # Everything starts from a bare clone: the virtual environment is made on first use.
 VENV ?= .venv
 BIN = $(VENV)/bin
-PROMPT ?= a red sun over a blue sea, drifting left
+export PROMPT ?= a red sun over a blue sea, drifting left
 
 .PHONY: demo serve test check format figures
 
 demo: $(VENV)/run.stamp  ## start the service, stream one video into video.mp4, stop
-	$(BIN)/helios demo "$(PROMPT)" -o video.mp4
+	$(BIN)/helios demo "$$PROMPT" -o video.mp4
 
 serve: $(VENV)/run.stamp  ## serve the demo model on port 8000 until interrupted
 	$(BIN)/helios serve
@@ -27,12 +27,15 @@ format: $(VENV)/dev.stamp
 figures: $(VENV)/dev.stamp  ## every measured figure of the README, measured again
 	$(BIN)/python -m load_tests.figures
 
-# torch is pinned, so that pip does not reach for the newest build with its gigabytes of CUDA.
+# Versions are those of constraints.txt. PyPI's torch for Linux brings gigabytes of CUDA libraries: for a machine without
+# a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu takes the small build instead.
+PIP = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt \
+	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 $(VENV)/run.stamp: pyproject.toml constraints.txt
 	python3 -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(PIP) -e .
 	touch $@
 
 $(VENV)/dev.stamp: $(VENV)/run.stamp
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(PIP) -e ".[dev]"
 	touch $@

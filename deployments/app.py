@@ -11,12 +11,14 @@ from deployments.config import AppConfig, Pool
 from deployments.graph import DirectorReplica
 from deployments.ingress import Ingress
 from deployments.sampler import Sampler
+from deployments.store import Store
 from deployments.text_encoder import TextEncoder
 from deployments.vae_decoder import VaeDecoder
 from helios_core.checkpoints import Checkpoint
 
 MANY = 10_000  # requests at once for those that only wait: Serve's default of 5 would queue a sixth viewer
-LONGEST_CHUNK_S = 60.0  # a replica that is to stop may finish what it works on
+LONGEST_CHUNK_S = 60.0  # a computing replica that is to stop may finish its chunk
+LONGEST_ANSWER_S = 2.0  # one that only waits has nothing to finish that would not go on elsewhere
 
 
 def build_app(config: AppConfig) -> Application:
@@ -25,7 +27,10 @@ def build_app(config: AppConfig) -> Application:
     Raises CheckpointError if the model cannot be opened. Weights are loaded by the replicas, each its own.
     """
     checkpoint = Checkpoint.open(config.model)
-    checkpoint.verify()  # here, so that a broken file is one clear message and not five failing replicas
+    if checkpoint.hub_id is None:
+        checkpoint.verify()  # here, so that a broken file is one clear message and not five failing replicas
+    # Replicas have working directories of their own and may be on other machines: they get what means the same there.
+    config = config.override(model=checkpoint.source, store=Store(config.store).url)
     text_encoder = deploy(TextEncoder, config.text_encoder, at_once=4).bind(config)
     sampler = deploy(Sampler, config.sampler, at_once=1).bind(config)
     vae_decoder = deploy(VaeDecoder, config.vae_decoder, at_once=1).bind(config)
@@ -51,6 +56,6 @@ def deploy(replica: type, pool: Pool, at_once: int, name: str | None = None) -> 
         max_ongoing_requests=at_once,
         ray_actor_options=resources,
         health_check_period_s=2,
-        graceful_shutdown_timeout_s=LONGEST_CHUNK_S,
+        graceful_shutdown_timeout_s=LONGEST_ANSWER_S if at_once == MANY else LONGEST_CHUNK_S,
         **size,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import signal
 import socket
@@ -9,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Annotated, Any
@@ -141,21 +143,37 @@ def demo(
 
 
 def save_stream(url: str, prompt: str, seconds: float, output: Path) -> None:
-    """POST /v1/videos/stream into a file, with a line for every fragment that arrives."""
+    """POST /v1/videos/stream into a file, with a line for every chunk that arrives.
+
+    Raises HeliosError if the service refuses the video or cannot finish it.
+    """
     body = json.dumps({"prompt": prompt, "seconds": seconds}).encode()
     request = urllib.request.Request(f"{url}/v1/videos/stream", data=body, headers={"Content-Type": "application/json"})
+
+    def video(video_id: str) -> Any:
+        with urllib.request.urlopen(f"{url}/v1/videos/{video_id}") as answer:
+            return json.load(answer)
+
     begin, made = time.perf_counter(), 0
-    with urllib.request.urlopen(request) as response, output.open("wb") as file:
-        video = f"{url}/v1/videos/{response.headers['X-Video-Id']}"
-        while data := response.read1():
-            file.write(data)
-            file.flush()
-            with urllib.request.urlopen(video) as answer:
-                status = json.load(answer)
-            if status["usage"]["chunks"] > made:
-                made, chunks = status["usage"]["chunks"], -(-status["frames"] // CHUNK_FRAMES)
-                elapsed = time.perf_counter() - begin
-                console.print(f"{elapsed:6.2f} s  {made} of {chunks} chunks made, {file.tell()} bytes on disk")
+    try:
+        with urllib.request.urlopen(request) as response, output.open("wb") as file:
+            video_id = response.headers["X-Video-Id"]
+            while data := response.read1():
+                file.write(data)
+                file.flush()
+                status = video(video_id)
+                if status["usage"]["chunks"] > made:
+                    made, chunks = status["usage"]["chunks"], -(-status["frames"] // CHUNK_FRAMES)
+                    elapsed = time.perf_counter() - begin
+                    console.print(f"{elapsed:6.2f} s  {made} of {chunks} chunks made, {file.tell()} bytes on disk")
+    except urllib.error.HTTPError as error:
+        raise HeliosError(json.load(error)["error"]["message"]) from None
+    except http.client.IncompleteRead:
+        pass  # a video that ends early is cut off; its status says why
+    status = video(video_id)
+    if status["status"] != "completed":
+        why = status["error"]["message"] if status["error"] else "it was stopped"
+        raise HeliosError(f"the video is {status['status']}: {why}")
     elapsed = time.perf_counter() - begin
     console.print(f"{output}: {status['frames']} frames, {status['seconds']} s of video in {elapsed:.2f} s")
 
@@ -168,11 +186,11 @@ def free_port() -> int:
 
 
 @app.command()
-def download(hub_id: str) -> None:
+def download(model: Annotated[str, typer.Argument(help="hub id or known name")]) -> None:
     """Fetch the files that inference needs into the hub's cache and print their folder."""
     from helios_core.checkpoints import download as fetch
 
-    typer.echo(fetch(hub_id))
+    typer.echo(fetch(model))
 
 
 def parse_steps(text: str) -> tuple[int, ...]:

@@ -41,10 +41,15 @@ class Pool(Settings):
         return self
 
 
-class ModelPool(Pool):
-    """Replicas that hold weights. `device` and `dtype`: auto means the GPU in bf16 where the replica has one."""
+class VaePool(Pool):
+    """Replicas with the VAE, which is fp32. `device`: auto means the GPU where the replica has one."""
 
     device: str = "auto"
+
+
+class ModelPool(VaePool):
+    """Replicas with weights of a chosen precision. `dtype`: auto means bf16 on a GPU, fp32 on a CPU."""
+
     dtype: str = "auto"
 
 
@@ -62,7 +67,7 @@ class AppConfig(Settings):
     director: Pool = Pool()
     text_encoder: ModelPool = ModelPool()
     sampler: ModelPool = ModelPool()
-    vae_decoder: ModelPool = ModelPool()
+    vae_decoder: VaePool = VaePool()
 
     @pydantic.field_validator("director")
     @classmethod

@@ -10,12 +10,12 @@ import asyncio
 import contextvars
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any, Protocol
 
 from deployments.records import ChunkRecord, Rendered, SampleReport, Status, VideoError, VideoRecord, VideoRequestRecord
-from deployments.store import Store
+from deployments.store import Store, StoreUnavailable
 from helios_core.errors import HeliosError
 from helios_core.spec import VideoSpec
 
@@ -77,6 +77,7 @@ class Director:
     def __init__(self, graph: Graph, store: Store, term: int) -> None:
         self._graph, self._store, self._term = graph, store, term
         self._running: dict[str, RunningVideo] = {}
+        self._stopping = False
 
     @classmethod
     async def start(cls, graph: Graph, store: Store) -> Director:
@@ -89,8 +90,16 @@ class Director:
                 logger.exception("video %s cannot be read and stays as it is", video_id)
         return director
 
+    async def ready(self) -> None:
+        """Returns if videos can be accepted. Raises StoreUnavailable."""
+        await self._store.newest_term()
+
     async def create(self, request: VideoRequestRecord) -> VideoRecord:
         """Accepts a video: it is stored before this returns, and made from then on, watched or not."""
+        # Shielded: a caller that leaves now must not leave a stored video behind that nobody makes.
+        return await asyncio.shield(asyncio.create_task(self._accept(request)))
+
+    async def _accept(self, request: VideoRequestRecord) -> VideoRecord:
         await self._store.accept(request)
         record = VideoRecord(id=request.id, created_at=request.created_at, spec=request.spec)
         video = self._running[request.id] = RunningVideo(record)
@@ -109,7 +118,7 @@ class Director:
             raise NoSuchVideo(video_id)
         return record
 
-    async def watch(self, video_id: str, from_chunk: int = 0) -> AsyncIterator[ChunkRecord | VideoRecord]:
+    async def watch(self, video_id: str, from_chunk: int = 0) -> AsyncGenerator[ChunkRecord | VideoRecord, None]:
         """Every committed chunk from `from_chunk` on, as soon as it is committed; last, the record of the ended video.
 
         Raises NoSuchVideo.
@@ -132,16 +141,24 @@ class Director:
                 return
             await changed.wait()
 
-    async def create_and_watch(self, request: VideoRequestRecord) -> AsyncIterator[ChunkRecord | VideoRecord]:
+    async def create_and_watch(self, request: VideoRequestRecord) -> AsyncGenerator[ChunkRecord | VideoRecord, None]:
         """`create`, then `watch`, in one call; leaving it before the end cancels the video. First item: its record."""
         record = await self.create(request)
         try:
             yield record
-            async with aclosing(self.watch(request.id)) as events:  # type: ignore[type-var]
+            async with aclosing(self.watch(request.id)) as events:
                 async for event in events:
                     yield event
         finally:
             self.cancel(request.id)
+
+    async def stop(self) -> None:
+        """Stops all work at once, without ending any video: for a service that is about to go."""
+        self._stopping = True
+        tasks = [video.task for video in self._running.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def cancel(self, video_id: str) -> None:
         """Stops a running video; what was committed stays. Does nothing if it has ended."""
@@ -155,27 +172,40 @@ class Director:
         try:
             await self._make_chunks(video)
             status: Status = "completed"
-        except asyncio.CancelledError:
-            status = "cancelled"
+        except asyncio.CancelledError as cancelled:
+            if self._stopping:
+                return  # it stays active in the store, for the next Director to find
+            if video.task.cancelling():
+                status = "cancelled"
+            else:  # Ray reports a call that the cluster dropped in the same way as one that we dropped
+                status, error = "failed", _reported(video.record.id, cancelled)
         except ExceptionGroup as group:
             status, error = "failed", _reported(video.record.id, group)
         video.ending = True
-        ended = video.record.model_copy(update={"status": status, "error": error, "completed_at": time.time()})
+        await self._end(video, status, error)
+
+    async def _end(self, video: RunningVideo, status: Status, error: VideoError | None) -> None:
+        changes = {"status": status, "error": error, "completed_at": time.time()}
+        ended = video.record.model_copy(update=changes)
         try:
             await self._store.put_record(ended, self._term)
             await self._store.end(ended.id)
-        finally:
             del self._running[ended.id]
-            video.update(ended)
+        except StoreUnavailable as lost:
+            # What was committed is safe, the end is not: memory keeps it for those who ask, and the next Director will
+            # find the video active.
+            logger.error("video %s: its end could not be stored: %s", ended.id, lost)
+            failure = VideoError(code=lost.code, message=str(lost))
+            ended = video.record.model_copy(update={**changes, "status": "failed", "error": failure})
+        video.update(ended)
 
     async def _make_chunks(self, video: RunningVideo) -> None:
         spec = video.record.spec
         async with asyncio.TaskGroup() as renders:
             text = await self._graph.encode(video.record.id, spec.prompt)
             state, commit = None, None
+            video.update(video.record.model_copy(update={"status": "in_progress"}))
             for index in range(spec.chunks):
-                if index == 0:
-                    video.update(video.record.model_copy(update={"status": "in_progress", "started_at": time.time()}))
                 state, sampled = await self._graph.sample(spec, index, text, state)
                 # Sampling of a chunk overlaps the rendering of the one before, and of no more: a slow VAE slows the
                 # sampler instead of letting states pile up.
@@ -195,7 +225,10 @@ class Director:
         committed = record.model_copy(update={"init": rendered.init, "chunks": (*record.chunks, chunk)})
         await self._store.put_record(committed, self._term)
         video.update(committed)
-        await self._store.keep_only_last_state(committed, self._term)
+        try:
+            await self._store.keep_only_last_state(committed, self._term)
+        except StoreUnavailable as error:  # only tidying up: it is tried again after the next chunk
+            logger.warning("video %s: earlier states were not removed: %s", record.id, error)
 
     async def _close_interrupted(self, video_id: str) -> None:
         request = await self._store.request(video_id)
@@ -209,13 +242,13 @@ class Director:
         await self._store.end(video_id)
 
 
-def _reported(video_id: str, group: ExceptionGroup[Exception]) -> VideoError:
+def _reported(video_id: str, error: BaseException) -> VideoError:
     """What the client hears of a failure: an error of ours as it is, of anything else no inner detail."""
-    error: Exception = group
+    whole = error
     while isinstance(error, ExceptionGroup):
         error = error.exceptions[0]
     if isinstance(error, HeliosError):
         return VideoError(code=error.code, message=str(error))
     # A bug of ours, or a part of the cluster that died.
-    logger.error("video %s failed", video_id, exc_info=group)
+    logger.error("video %s failed", video_id, exc_info=whole)
     return VideoError(code="internal_error", message="the service failed while making this video")

@@ -6,12 +6,16 @@ import logging
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import RayServeException
 from starlette.exceptions import HTTPException
 
 from deployments.director import NoSuchVideo
 from deployments.schemas import error_object
 from deployments.store import StoreUnavailable
 from helios_core.errors import HeliosError, InvalidInput
+
+RETRY = {"Retry-After": "5"}  # seconds
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +54,15 @@ def install_error_handlers(app: FastAPI) -> None:
         if status == 500:
             return unexpected(error)
         param = error.field if isinstance(error, InvalidInput) else getattr(error, "param", None)
-        headers = {"Retry-After": "5"} if status == 503 else None
-        return JSONResponse(error_object(str(error), status, param, error.code), status, headers)
+        body = error_object(str(error), status, param, error.code)
+        return JSONResponse(body, status, RETRY if status == 503 else None)
+
+    @app.exception_handler(RayActorError)
+    @app.exception_handler(RayServeException)
+    async def unavailable(_: Request, error: Exception) -> JSONResponse:
+        logger.warning("a replica was not there: %s", error)
+        message = "a part of the service is not there at the moment; try again"
+        return JSONResponse(error_object(message, 503, None, "unavailable"), 503, RETRY)
 
     @app.exception_handler(HTTPException)
     async def routing(_: Request, error: HTTPException) -> JSONResponse:

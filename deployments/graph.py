@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 from ray.serve.handle import DeploymentHandle
@@ -56,6 +56,12 @@ class DirectorReplica:
         async for event in self._director.create_and_watch(request):
             yield event
 
+    async def ready(self) -> None:
+        await self._director.ready()
+
+    async def stop(self) -> None:
+        await self._director.stop()
+
     def imported_torch(self) -> bool:
         """Whether this process ever loaded torch, which it must to unpickle a single latent."""
         return "torch" in sys.modules
@@ -67,6 +73,9 @@ class RemoteDirector:
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
 
+    async def ready(self) -> None:
+        await call(self._handle, "ready")
+
     async def create(self, request: VideoRequestRecord) -> VideoRecord:
         record: VideoRecord = await call(self._handle, "create", request)
         return record
@@ -75,8 +84,8 @@ class RemoteDirector:
         record: VideoRecord = await call(self._handle, "get", video_id)
         return record
 
-    def watch(self, video_id: str, from_chunk: int = 0) -> AsyncIterator[Any]:
+    def watch(self, video_id: str, from_chunk: int = 0) -> AsyncGenerator[Any, None]:
         return stream(self._handle, "watch", video_id, from_chunk)
 
-    def create_and_watch(self, request: VideoRequestRecord) -> AsyncIterator[Any]:
+    def create_and_watch(self, request: VideoRequestRecord) -> AsyncGenerator[Any, None]:
         return stream(self._handle, "create_and_watch", request)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
@@ -24,12 +25,13 @@ from helios_core.spec import ModelCard
 
 LIVE_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # the second: proxies must not hold it back
 
-Events = AsyncIterator[ChunkRecord | VideoRecord]
+Events = AsyncGenerator[ChunkRecord | VideoRecord, None]
 
 
 class DirectorCalls(Protocol):
     """The Director's public methods, called in process or through a Serve handle."""
 
+    async def ready(self) -> None: ...
     async def create(self, request: VideoRequestRecord) -> VideoRecord: ...
     async def get(self, video_id: str) -> VideoRecord: ...
     def watch(self, video_id: str, from_chunk: int = 0) -> Events: ...
@@ -49,8 +51,8 @@ def http_app(config: AppConfig, card: ModelCard, director: DirectorCalls, store:
 
     async def accepted(request: Request) -> VideoRequestRecord:
         body = CreateVideo.parse(await json_body(request, config.max_body_bytes))
-        if body.model not in (None, card.id):
-            raise RequestError(404, "model_not_found", f"model is {body.model!r}; served: {card.id}", "model")
+        if body.model is not None and body.model != card.id:
+            raise RequestError(404, "model_not_found", f"model is {body.model[:80]!r}; served: {card.id}", "model")
         now = time.time()
         spec = body.request(config.limits).check(card)
         return VideoRequestRecord(id=new_video_id(now), created_at=now, spec=spec)
@@ -98,7 +100,7 @@ def http_app(config: AppConfig, card: ModelCard, director: DirectorCalls, store:
 
     @app.get("/readyz")
     async def readyz() -> JSONResponse:
-        await store.newest_term()
+        await director.ready()
         return JSONResponse({"status": "ready", "model": card.id})
 
     return app
@@ -110,17 +112,18 @@ async def file_bytes(events: Events, director: DirectorCalls, store: Store, vide
     Raises CutOff at the end of a video that failed or was cancelled.
     """
     begun = False
-    async for event in events:
-        if isinstance(event, VideoRecord):
-            if event.status != "completed":
-                raise CutOff(f"video {video_id} is {event.status} after {len(event.chunks)} chunks")
-            return
-        if not begun:
-            record = await director.get(video_id)
-            assert record.init is not None, "a committed chunk has an init segment"
-            yield await store.read(record.init.key)
-            begun = True
-        yield await store.read(event.fragment.key)
+    async with aclosing(events):
+        async for event in events:
+            if isinstance(event, VideoRecord):
+                if event.status != "completed":
+                    raise CutOff(f"video {video_id} is {event.status} after {len(event.chunks)} chunks")
+                return
+            if not begun:
+                record = await director.get(video_id)
+                assert record.init is not None, "a committed chunk has an init segment"
+                yield await store.read(record.init.key)
+                begun = True
+            yield await store.read(event.fragment.key)
 
 
 async def json_body(request: Request, limit: int) -> dict[str, Any]:

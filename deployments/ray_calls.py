@@ -9,7 +9,7 @@ went wrong; waiting for the value itself would copy it into the caller.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any, NoReturn
 
 from ray import ObjectRef
@@ -55,7 +55,7 @@ async def call(handle: DeploymentHandle, method: str, *args: Any) -> Any:
         raise_own(error)
 
 
-async def stream(handle: DeploymentHandle, method: str, *args: Any) -> AsyncIterator[Any]:
+async def stream(handle: DeploymentHandle, method: str, *args: Any) -> AsyncGenerator[Any, None]:
     """The items of a streaming `method`, as they come. Closing the iterator cancels the call; raises as `call` does."""
     response = handle.options(method_name=method, stream=True, _by_reference=True).remote(*args)
     try:

@@ -88,7 +88,6 @@ class VideoRecord(Record):
     status: Status = "queued"
     init: StoredObject | None = None  # with the first chunk
     chunks: tuple[ChunkRecord, ...] = ()
-    started_at: float | None = None
     completed_at: float | None = None
     error: VideoError | None = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Annotated, Any
 
@@ -33,11 +34,8 @@ RIVAL_NAMES = {
 
 def _number_in_text(value: object) -> object:
     """OpenAI's clients send seconds as text."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
+    if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,20}(\.[0-9]{1,20})?", value):
+        return float(value)
     return value
 
 
@@ -59,7 +57,9 @@ class CreateVideo(BaseModel):
     @classmethod
     def parse(cls, body: dict[str, Any]) -> CreateVideo:
         """Raises InvalidInput for the first field that is unknown or of the wrong type."""
-        for name in body.keys() - cls.model_fields.keys():
+        for name in body:
+            if name in cls.model_fields:
+                continue
             instead = RIVAL_NAMES.get(name)
             allowed = f"no such field; here it is {instead}" if instead else f"one of {', '.join(cls.model_fields)}"
             # A name may be any text, even what is no valid Unicode; the answer must be.
@@ -91,7 +91,8 @@ class CreateVideo(BaseModel):
 def video_object(record: VideoRecord) -> dict[str, Any]:
     """The Video object of the OpenAI API, with our extensions."""
     spec = record.spec
-    started = record.started_at or record.completed_at or time.time()
+    # In the queue until the first chunk's sampling began, or to this day.
+    begun = record.chunks[0].timings.sample_started_at if record.chunks else record.completed_at or time.time()
     return {
         "id": record.id,
         "object": "video",
@@ -102,7 +103,7 @@ def video_object(record: VideoRecord) -> dict[str, Any]:
         "completed_at": None if record.completed_at is None else int(record.completed_at),
         "expires_at": None,
         "size": f"{spec.width}x{spec.height}",
-        "seconds": f"{spec.seconds:g}",
+        "seconds": str(spec.seconds).removesuffix(".0"),
         "prompt": spec.prompt,
         "remixed_from_video_id": None,
         "error": None if record.error is None else record.error.model_dump(),
@@ -115,7 +116,7 @@ def video_object(record: VideoRecord) -> dict[str, Any]:
             "chunks": len(record.chunks),
             "steps": sum(chunk.steps for chunk in record.chunks),
             "sampler_seconds": sum(chunk.timings.sample_seconds for chunk in record.chunks),
-            "queue_seconds": max(0.0, started - record.created_at),
+            "queue_seconds": max(0.0, begun - record.created_at),
         },
     }
 

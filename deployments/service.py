@@ -30,30 +30,51 @@ class StartFailed(HeliosError):
 def run_service(config: AppConfig) -> Iterator[str]:
     """Deploys the graph, yields the URL of the ready service, and takes it down again.
 
-    Joins the Ray cluster that RAY_ADDRESS names, else starts Ray on this machine.
+    Joins the Ray cluster that RAY_ADDRESS names, whose Serve proxies then listen; else starts Ray on this machine.
     Raises CheckpointError, StoreInUse, StoreUnavailable or StartFailed.
     """
+    address = os.environ.get("RAY_ADDRESS") or "local"
     with Store(config.store).lock():
         graph = build_app(config)
-        _check_port(config.host, config.port)
-        joins = "RAY_ADDRESS" in os.environ
-        ray.init(
-            include_dashboard=None if joins else False,
-            object_store_memory=None if joins else OBJECT_STORE_BYTES,
-            logging_level=logging.WARNING,
-            log_to_driver=False,
-        )
-        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         try:
+            if address == "local":
+                _check_port(config.host, config.port)
+                ray.init(
+                    address,
+                    include_dashboard=False,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    logging_level=logging.WARNING,
+                    log_to_driver=False,
+                )
+                _check_room(config, ray.cluster_resources())
+            else:
+                ray.init(address, logging_level=logging.WARNING, log_to_driver=False)
+            logging.getLogger("ray.serve").setLevel(logging.WARNING)
             serve.start(http_options={"host": config.host, "port": config.port})
-            try:
-                serve.run(graph, name=APP_NAME, route_prefix="/")
-            except RuntimeError as error:
-                raise StartFailed(str(error)) from error
+            serve.run(graph, name=APP_NAME, route_prefix="/")
+        except (RuntimeError, ConnectionError, ValueError) as error:
+            ray.shutdown()
+            raise StartFailed(str(error)) from error
+        try:
             yield f"http://{config.host}:{config.port}"
         finally:
-            serve.shutdown()
+            serve.get_deployment_handle("Director", APP_NAME).stop.remote().result()
+            if address == "local":
+                serve.shutdown()
+            else:
+                serve.delete(APP_NAME)  # other applications of the cluster are not ours to stop
             ray.shutdown()
+
+
+def _check_room(config: AppConfig, resources: dict[str, float]) -> None:
+    """Raises StartFailed if this machine cannot hold the replicas: Serve would wait for another one for ever."""
+    pools = [config.ingress, config.director, config.text_encoder, config.sampler, config.vae_decoder]
+    for kind, needed in (
+        ("CPU", sum(pool.num_cpus * pool.min_replicas for pool in pools)),
+        ("GPU", sum(pool.num_gpus * pool.min_replicas for pool in pools)),
+    ):
+        if needed > resources.get(kind, 0):
+            raise StartFailed(f"the replicas need {needed:g} {kind}s; this machine has {resources.get(kind, 0):g}")
 
 
 def _check_port(host: str, port: int) -> None:

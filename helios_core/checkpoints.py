@@ -7,12 +7,12 @@ meta device and the file's tensors are assigned, so that no weight exists twice.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import TypeVar
 
 import safetensors
 import torch
@@ -41,19 +41,11 @@ from helios_core.text import TextEncoder
 from helios_core.transformer.model import FP32_PARAMETERS, KEY_ALIASES, HeliosTransformer
 from helios_core.vae.model import WanVae
 
-# All that inference reads. The repositories also hold two more 14B checkpoints (transformer_init, transformer_ode).
-NEEDED_FILES = [
-    "model_index.json",
-    "scheduler/*.json",
-    "tokenizer/*.json",
-    "text_encoder/*.json",
-    "text_encoder/*.safetensors",
-    "transformer/*.json",
-    "transformer/*.safetensors",
-    "vae/*.json",
-    "vae/*.safetensors",
-]
+PARTS = ("text_encoder", "transformer", "vae")  # those with weights
+# What inference reads. The repositories also hold two more 14B checkpoints (transformer_init, transformer_ode).
+CONFIGURATION = ["model_index.json", *(f"{part}/*.json" for part in PARTS), "scheduler/*.json", "tokenizer/*.json"]
 Places = dict[str, tuple[Path, str]]  # parameter ▸ (file, key)
+M = TypeVar("M", bound=nn.Module)
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -77,6 +69,7 @@ class Checkpoint:
     """A model folder whose JSON files were read and found to be of a variant that is served."""
 
     folder: Path
+    hub_id: str | None  # owner/name@commit, if the folder is in the hub's cache; weights are fetched part by part
     card: ModelCard
     transformer: TransformerConfig
     vae: VaeConfig
@@ -84,12 +77,14 @@ class Checkpoint:
 
     @classmethod
     def open(cls, model: str) -> Checkpoint:
-        """The checkpoint behind a known name, a folder, or a hub id, which is downloaded if it is not there yet.
+        """The checkpoint behind a known name, a folder, or a hub id, of which only the JSON files are fetched here.
 
-        Raises CheckpointError naming the file, the key and the allowed values.
+        A hub id may name a revision: owner/name@revision. Raises CheckpointError naming the file, the key and the
+        allowed values.
         """
         known = KNOWN_MODELS.get(model)
-        folder = _folder(known.source() if known else model)
+        source = known.source() if known else model
+        folder = _folder(source)
         transformer = read_config(TransformerConfig, folder / "transformer/config.json")
         vae = read_config(VaeConfig, folder / "vae/config.json")
         scheduler = read_config(SchedulerConfig, folder / "scheduler/scheduler_config.json")
@@ -105,12 +100,20 @@ class Checkpoint:
             stages=scheduler.stages,
             size_multiple=vae.scale_factor_spatial * transformer.patch_size[1] * 2 ** (scheduler.stages - 1),
             default_size=known.default_size if known else DEFAULT_SIZE,
-            digest=_digest(folder),
         )
-        return cls(folder, card, transformer, vae, scheduler)
+        hub_id = None if _is_folder(source) else f"{source.partition('@')[0]}@{folder.name}"
+        return cls(folder, hub_id, card, transformer, vae, scheduler)
+
+    @property
+    def source(self) -> str:
+        """What opens this very checkpoint again from any process: an absolute folder, or the hub id at its commit."""
+        return self.hub_id or str(self.folder)
 
     def verify(self) -> None:
-        """Checks every file that the loaders read, without reading weights. Raises CheckpointError as they would."""
+        """Checks every file that the loaders read by its header, and fetches what is missing of a hub id.
+
+        Raises CheckpointError as the loaders would.
+        """
         self._transformer()
         self._vae()
         self._text_encoder()
@@ -138,25 +141,24 @@ class Checkpoint:
         return TextEncoder(tokenizer, model)
 
     def _transformer(self) -> tuple[HeliosTransformer, Places]:
-        with torch.device("meta"):
-            model = HeliosTransformer(self.transformer)
-        return model, _locate(model, self.folder / "transformer", "diffusion_pytorch_model", KEY_ALIASES)
+        folder = self._part("transformer")
+        model = _on_meta(folder, lambda: HeliosTransformer(self.transformer))
+        return model, _locate(model, folder, "diffusion_pytorch_model", KEY_ALIASES)
 
     def _vae(self) -> tuple[WanVae, Places]:
-        with torch.device("meta"):
-            model = WanVae(self.vae)
-        return model, _locate(model, self.folder / "vae", "diffusion_pytorch_model")
+        folder = self._part("vae")
+        model = _on_meta(folder, lambda: WanVae(self.vae))
+        return model, _locate(model, folder, "diffusion_pytorch_model")
 
     def _text_encoder(self) -> tuple[UMT5EncoderModel, Places, Tokenizer]:
-        folder = self.folder / "text_encoder"
+        folder = self._part("text_encoder")
         config = read_json(folder / "config.json")
         if config.get("d_model") != self.transformer.text_dim:
             raise CheckpointError(
                 f"{folder / 'config.json'}: d_model is {config.get('d_model')!r}; needed: the transformer's text_dim "
                 f"{self.transformer.text_dim}"
             )
-        with torch.device("meta"):
-            model = UMT5EncoderModel(UMT5Config.from_dict(config))
+        model = _on_meta(folder, lambda: UMT5EncoderModel(UMT5Config.from_dict(config)))
         # One table under two names, whatever tie_word_embeddings says; files hold either or both.
         model.encoder.embed_tokens = model.shared
         places = _locate(model, folder, "model", {"encoder.embed_tokens.weight": "shared.weight"})
@@ -168,6 +170,21 @@ class Checkpoint:
         except Exception as error:  # noqa: BLE001 - the library raises nothing narrower; its text is kept
             raise CheckpointError(f"{path}: not a tokenizer: {error}") from None
         return model, places, tokenizer
+
+    def _part(self, part: str) -> Path:
+        """The folder of one part, with its weights."""
+        if self.hub_id is not None:
+            _fetch(self.hub_id, [f"{part}/*.safetensors"])
+        return self.folder / part
+
+
+def _on_meta(folder: Path, build: Callable[[], M]) -> M:
+    """A module without memory. Raises CheckpointError for sizes that no module can have."""
+    try:
+        with torch.device("meta"):
+            return build()
+    except Exception as error:  # noqa: BLE001 - torch and transformers each have their own ways to refuse a size
+        raise CheckpointError(f"{folder / 'config.json'}: no model has these sizes: {error}") from None
 
 
 def placement(device: str = "auto", dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
@@ -201,15 +218,24 @@ def use_threads(threads: int | None = None) -> None:
 
 
 def download(model: str) -> Path:
-    """Fetches what inference needs of a hub id into the hub's cache and returns the folder.
+    """Fetches what inference needs of a known name or hub id into the hub's cache; the folder.
 
     Raises CheckpointError if the id does not exist or cannot be reached and is not in the cache.
     """
+    known = KNOWN_MODELS.get(model)
+    source = known.source() if known else model
+    if _is_folder(source):
+        return Path(source)
+    return _fetch(source, CONFIGURATION + [f"{part}/*.safetensors" for part in PARTS])
+
+
+def _fetch(model: str, patterns: list[str]) -> Path:
     unknown = f"model {model!r} is neither a folder, nor a hub id (owner/name), nor one of {', '.join(KNOWN_MODELS)}"
     if "/" not in model:  # the hub still has a few ids without an owner; none is a Helios
         raise CheckpointError(unknown)
+    hub_id, _, revision = model.partition("@")
     try:
-        return Path(snapshot_download(model, allow_patterns=NEEDED_FILES))
+        return Path(snapshot_download(hub_id, revision=revision or None, allow_patterns=patterns))
     except HFValidationError:
         raise CheckpointError(unknown) from None
     except Exception as error:  # noqa: BLE001 - besides OSErrors the library lets those of its HTTP client through
@@ -232,7 +258,7 @@ def _folder(model: str) -> Path:
         raise CheckpointError(f"model {model!r} is a file; a checkpoint is a folder in the official layout")
     if os.sep in model and (model.startswith((".", "/", "~")) or model.count("/") > 1):
         raise CheckpointError(f"model {model!r}: no such folder")
-    return download(model)
+    return _fetch(model, CONFIGURATION)
 
 
 def _variant(folder: Path) -> Variant:
@@ -248,21 +274,6 @@ def _variant(folder: Path) -> Variant:
     )
 
 
-def _digest(folder: Path) -> str:
-    """Names weights and configuration without reading 81 GB: JSON by content, weights by name, size and header."""
-    digest = hashlib.sha256()
-    for path in sorted(p for part in ("scheduler", "tokenizer", "text_encoder", "transformer", "vae")
-                       for p in (folder / part).glob("*") if p.suffix in (".json", ".safetensors")):  # fmt: skip
-        digest.update(str(path.relative_to(folder)).encode())
-        if path.suffix == ".json":
-            digest.update(path.read_bytes())
-        else:
-            digest.update(str(path.stat().st_size).encode())
-            with path.open("rb") as file:
-                digest.update(file.read(1 << 16))
-    return digest.hexdigest()
-
-
 def _shards(folder: Path, stem: str) -> dict[str, list[str]]:
     """File name ▸ its keys, by the index file if there is one, else the single file (its keys are not known yet)."""
     index_path = folder / f"{stem}.safetensors.index.json"
@@ -273,9 +284,12 @@ def _shards(folder: Path, stem: str) -> dict[str, list[str]]:
             raise CheckpointError(f"{index_path}: weight_map is missing or empty")
         shards: dict[str, list[str]] = {}
         for key, name in weight_map.items():
-            if Path(name).name != name or not name.endswith(".safetensors"):
+            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
                 raise CheckpointError(f"{index_path}: {key} lies in {name!r}; allowed: a .safetensors file beside it")
             shards.setdefault(name, []).append(key)
+        for path in sorted(folder.glob("*.safetensors")):
+            if path.name not in shards:
+                raise CheckpointError(f"{path}: {index_path.name} does not list this file")
         return shards
     if single.is_file():
         return {single.name: []}
@@ -325,7 +339,7 @@ def _headers(folder: Path, stem: str) -> Iterator[tuple[Path, str, tuple[int, ..
                 for key in sorted(keys):
                     tensor = file.get_slice(key)
                     yield path, key, tuple(tensor.get_shape()), tensor.get_dtype()
-        except safetensors.SafetensorError as error:
+        except (safetensors.SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: not a whole safetensors file: {error}") from None
 
 

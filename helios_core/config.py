@@ -124,6 +124,8 @@ class VaeConfig:
             )
         if (len(self.latents_mean), len(self.latents_std)) != (self.z_dim, self.z_dim):
             raise CheckpointError(f"latents_mean and latents_std need z_dim = {self.z_dim} numbers each")
+        if not all(std > 0 for std in self.latents_std):
+            raise CheckpointError(f"latents_std is {self.latents_std}; allowed: more than 0")
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,14 @@ class SchedulerConfig:
             raise CheckpointError(f"time_shift_type is {self.time_shift_type!r}; allowed: exponential, linear")
         if len(self.stage_range) != self.stages + 1:
             raise CheckpointError(f"stage_range {self.stage_range} must have stages + 1 = {self.stages + 1} numbers")
+        if (self.stage_range[0], self.stage_range[-1]) != (0, 1) or list(self.stage_range) != sorted(self.stage_range):
+            raise CheckpointError(f"stage_range is {self.stage_range}; allowed: numbers that rise from 0 to 1")
+        if self.stages < 2:  # one stage is Base's way, with another solver
+            raise CheckpointError(f"stages is {self.stages}; supported: 2 or more")
+        if not 0 < self.gamma <= 1 / 3:
+            raise CheckpointError(f"gamma is {self.gamma}; allowed: more than 0, at most 1/3, where blocks sum to 0")
+        if self.use_dynamic_shifting and self.shift != 1:
+            raise CheckpointError(f"shift is {self.shift}; allowed with use_dynamic_shifting: 1")
 
 
 @dataclass(frozen=True)

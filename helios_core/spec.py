@@ -32,8 +32,7 @@ class Limits:
 class ModelCard:
     """What a client may ask of a model: read from the checkpoint's JSON alone.
 
-    `id`: the name in requests; `size_multiple`: both sides are multiples of it; `default_size`: (width, height);
-    `digest`: names the weights and configuration, so that two folders with equal files have equal digests.
+    `id`: the name in requests; `size_multiple`: both sides are multiples of it; `default_size`: (width, height).
     """
 
     id: str
@@ -41,7 +40,6 @@ class ModelCard:
     stages: int
     size_multiple: int
     default_size: tuple[int, int]
-    digest: str
 
 
 @dataclass(frozen=True)
@@ -129,7 +127,7 @@ class VideoRequest:
     def _check_steps(self, card: ModelCard) -> tuple[int, ...]:
         presets = card.variant.presets
         if self.steps is None:
-            preset = self.preset or card.variant.default_preset
+            preset = card.variant.default_preset if self.preset is None else self.preset
             if preset not in presets:
                 raise InvalidInput("preset", preset, f"one of {', '.join(presets)}")
             return presets[preset]

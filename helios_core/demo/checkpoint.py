@@ -102,7 +102,7 @@ def write_checkpoint(
     text_config = UMT5Config(**{**TEXT_ENCODER, "d_model": transformer.text_dim})
     _write_json(
         folder / "text_encoder/config.json",
-        {**text_config.to_dict(), "architectures": ["UMT5EncoderModel"]},
+        {**text_config.to_dict(), "architectures": ["UMT5EncoderModel"], "transformers_version": None},
     )
     write_tokenizer(folder / "tokenizer")
 

@@ -78,7 +78,7 @@ class ChunkSampler:
     @torch.inference_mode()
     def _text_context(self, text: TextEmbeddings) -> Any:
         if text.digest not in self._contexts:
-            while len(self._contexts) >= TEXT_CONTEXTS:
+            if len(self._contexts) >= TEXT_CONTEXTS:
                 self._contexts.popitem(last=False)
             self._contexts[text.digest] = self.model.text_context(text.padded().to(self.model.device, self.model.dtype))
         self._contexts.move_to_end(text.digest)

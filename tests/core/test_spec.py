@@ -13,7 +13,7 @@ from helios_core.errors import InvalidInput
 from helios_core.spec import MAX_SEED, Limits, ModelCard, VideoRequest, VideoSpec
 
 DISTILLED = next(variant for variant in VARIANTS if variant.name == "distilled")
-CARD = ModelCard("demo", DISTILLED, stages=3, size_multiple=64, default_size=(128, 64), digest="")
+CARD = ModelCard("demo", DISTILLED, stages=3, size_multiple=64, default_size=(128, 64))
 
 
 def check(**fields: Any) -> VideoSpec:

@@ -22,7 +22,7 @@ from deployments.director import NoSuchVideo
 from deployments.ray_calls import call, call_by_reference, stream
 from helios_core.errors import HeliosError, InvalidInput
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(60)
 
 APP_NAME = "ray-calls"
 
@@ -43,8 +43,15 @@ class Value:
         return sorted(int(path.name) for path in self.folder.iterdir())
 
 
+def say(line: Path, word: str) -> None:
+    line.write_text(f"{word}\n")
+
+
 class Part:
     """A replica with every kind of method that is called through ray_calls."""
+
+    def __init__(self, *others: DeploymentHandle) -> None:
+        pass  # it calls nobody; that it is given them deploys them too
 
     async def pid(self) -> int:
         return os.getpid()
@@ -79,11 +86,11 @@ class Part:
     # Work without an end: the line hears when it begins and when it is cancelled.
 
     async def work(self, line: Path) -> None:
-        line.write_text("began\n")
+        say(line, "began")
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError:
-            line.write_text("cancelled\n")
+            say(line, "cancelled")
             raise
 
     async def work_after(self, n: int, line: Path) -> AsyncIterator[int]:
@@ -94,7 +101,7 @@ class Part:
 
 @dataclass
 class Parts:
-    """Handles: two of one replica each, one whose replicas may be killed, one whose replica takes one call at a time."""
+    """Handles: two ordinary ones, one whose replicas may be killed, one whose replica takes one call at a time."""
 
     first: DeploymentHandle
     second: DeploymentHandle
@@ -102,51 +109,48 @@ class Parts:
     single: DeploymentHandle
 
 
-@serve.deployment(ray_actor_options={"num_cpus": 0})
-class Root:
-    def __init__(self, *parts: DeploymentHandle) -> None:
-        self._parts = parts
-
-
 @pytest.fixture(scope="module")
 def parts() -> Iterator[Parts]:
-    deployment = serve.deployment(Part, ray_actor_options={"num_cpus": 0.1}, health_check_period_s=1)
-    bound = [
-        deployment.options(name="first").bind(),
-        deployment.options(name="second").bind(),
-        deployment.options(name="mortal", num_replicas=2).bind(),
-        deployment.options(name="single", max_ongoing_requests=1).bind(),
+    part = serve.deployment(
+        Part, ray_actor_options={"num_cpus": 0.1}, health_check_period_s=1, graceful_shutdown_timeout_s=0
+    )
+    others = [
+        part.options(name="second").bind(),
+        part.options(name="mortal", num_replicas=2).bind(),
+        part.options(name="single", max_ongoing_requests=1).bind(),
     ]
     ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=10**9, log_to_driver=False)
     try:
         serve.start(proxy_location="Disabled")
-        serve.run(Root.bind(*bound), name=APP_NAME, route_prefix=None)
+        serve.run(part.options(name="first").bind(*others), name=APP_NAME, route_prefix=None)
         yield Parts(*(serve.get_deployment_handle(name, APP_NAME) for name in ("first", "second", "mortal", "single")))
     finally:
         serve.shutdown()
         ray.shutdown()
 
 
+@dataclass
 class Line:
     """A named pipe on which replicas report; `heard` waits for their next word."""
 
-    def __init__(self, path: Path) -> None:
-        os.mkfifo(path)
-        self.path = path
-        self._file = os.fdopen(os.open(path, os.O_RDWR), "r")  # read and write: then no writer waits for a reader
+    path: Path
+    reader: asyncio.StreamReader
 
     async def heard(self) -> str:
-        return (await asyncio.to_thread(self._file.readline)).strip()
-
-    def close(self) -> None:
-        self._file.close()
+        return (await self.reader.readline()).decode().strip()
 
 
 @pytest.fixture
-def line(tmp_path: Path) -> Iterator[Line]:
-    line = Line(tmp_path / "line")
-    yield line
-    line.close()
+async def line(tmp_path: Path) -> AsyncIterator[Line]:
+    path = tmp_path / "line"
+    os.mkfifo(path)
+    pipe = os.fdopen(os.open(path, os.O_RDWR), "rb", buffering=0)  # read and write: then no writer waits for a reader
+    reader = asyncio.StreamReader()
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), pipe
+    )
+    yield Line(path, reader)
+    transport.close()
 
 
 async def drain(handle: DeploymentHandle, method: str, *args: Any) -> list[Any]:
@@ -281,5 +285,5 @@ async def test_a_call_cancelled_in_the_queue_never_runs(parts: Parts, line: Line
             await calling
     assert await line.heard() == "cancelled"
     assert await call(parts.single, "pid") > 0  # the replica is free
-    line.path.write_text("nothing else was said\n")
+    say(line.path, "nothing else was said")
     assert await line.heard() == "nothing else was said"

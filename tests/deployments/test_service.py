@@ -18,12 +18,13 @@ import pytest
 from av.video.reformatter import Colorspace
 from ray import serve
 
-from deployments.cli import free_port
+from deployments.cli import free_port, save_stream
 from deployments.config import AppConfig
 from deployments.records import VideoRecord
 from deployments.service import APP_NAME, run_service
 from deployments.store import Store
 from helios_core.config import CHUNK_FRAMES
+from helios_core.errors import HeliosError
 from helios_core.helios import Helios
 from helios_core.media.fragments import encode_fragment
 from tests.deployments.boxes import read_boxes, reader
@@ -135,19 +136,34 @@ def test_created_videos_are_made_unwatched(http: httpx.Client) -> None:
     assert content == http.get(f"/v1/videos/{created['id']}/content").content
 
 
-def test_leaving_a_stream_cancels_its_video(service: Running, http: httpx.Client) -> None:
+def test_leaving_a_stream_cancels_its_video(http: httpx.Client) -> None:
     with http.stream("POST", "/v1/videos/stream", json={"prompt": PROMPT, "seconds": 600}) as live:
         video_id = live.headers["x-video-id"]
-        next(read_boxes(reader(live.iter_raw())))
-    # The watch of a live video ends when the video does; this one is cut off, because it was cancelled.
-    with pytest.raises(httpx.RemoteProtocolError), http.stream("GET", f"/v1/videos/{video_id}/content") as rest:
-        if rest.status_code == 409:
-            raise httpx.RemoteProtocolError("it had ended already")
-        for _ in rest.iter_raw():
+        parts = live.iter_raw()  # held, because httpx hangs up when it is dropped
+        next(read_boxes(reader(parts)))
+        other = http.send(http.build_request("GET", f"/v1/videos/{video_id}/content"), stream=True)
+    assert other.status_code == 200
+    with pytest.raises(httpx.RemoteProtocolError):  # cut off, so that no viewer takes the part for the whole
+        for _ in other.iter_raw():
             pass
     assert http.get(f"/v1/videos/{video_id}").json()["status"] == "cancelled"
-    assert http.get(f"/v1/videos/{video_id}/content").status_code == 409
+    gone = http.get(f"/v1/videos/{video_id}/content")
+    assert (gone.status_code, gone.json()["error"]["code"]) == (409, "video_cancelled")
     finish(http, {"prompt": PROMPT, "seconds": 1})  # the sampler is free again
+
+
+def test_the_demo_command_writes_while_later_chunks_are_made(
+    service: Running, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "video.mp4"
+    save_stream(service.url, PROMPT, 6.0, path)
+    lines = capsys.readouterr().err.splitlines()
+    assert "of 5 chunks made" in lines[0] and not lines[0].strip().endswith(" 0 bytes on disk")
+    assert lines[0].split()[2] in ("1", "2"), lines[0]  # sampling may be one chunk ahead of the first fragment
+    assert "144 frames, 6 s of video" in lines[-1]
+    assert len(pts_of(path)) == 144
+    with pytest.raises(HeliosError, match="prompt is ''"):
+        save_stream(service.url, "", 6.0, path)
 
 
 def test_models_and_health(http: httpx.Client) -> None:

@@ -1,0 +1,51 @@
+"""The import rule of ARCHITECTURE.md: who may know whom. Ruff's banned-api holds the coarse half of it."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SERVICE = ("deployments", "ray", "fastapi", "starlette", "pydantic")
+
+# part of the tree ▸ what it must not import
+FORBIDDEN = {
+    "helios_core": SERVICE,
+    "helios_core/transformer": ("helios_core.vae", "helios_core.sampling"),
+    "helios_core/vae": ("helios_core.transformer", "helios_core.sampling"),
+    "helios_core/sampling": ("helios_core.transformer", "helios_core.vae"),
+    "load_tests": ("helios_core", "deployments", "ray", "torch"),
+}
+
+
+def imports(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return names
+
+
+@pytest.mark.parametrize("part", FORBIDDEN)
+def test_imports_go_one_way(part: str) -> None:
+    files = list((ROOT / part).rglob("*.py"))
+    assert files
+    wrong = {
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in files
+        for name in imports(path)
+        if any(name == banned or name.startswith(f"{banned}.") for banned in FORBIDDEN[part])
+    }
+    assert wrong == set()
+
+
+@pytest.mark.parametrize("module", ["deployments.ingress", "deployments.graph", "deployments.director"])
+def test_the_control_plane_needs_no_torch(module: str) -> None:
+    code = f"import sys, {module}; raise SystemExit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
