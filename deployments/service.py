@@ -17,6 +17,7 @@ from deployments.store import Store
 from helios_core.errors import HeliosError
 
 APP_NAME = "helios"
+LONGEST_STOP_S = 10.0
 OBJECT_STORE_BYTES = 10**9  # of a Ray that we start ourselves; a 640x384 state is 5 MB
 
 
@@ -58,12 +59,14 @@ def run_service(config: AppConfig) -> Iterator[str]:
         try:
             yield f"http://{config.host}:{config.port}"
         finally:
-            serve.get_deployment_handle("Director", APP_NAME).stop.remote().result()
-            if address == "local":
-                serve.shutdown()
-            else:
-                serve.delete(APP_NAME)  # other applications of the cluster are not ours to stop
-            ray.shutdown()
+            try:
+                serve.get_deployment_handle("Director", APP_NAME).stop.remote().result(timeout_s=LONGEST_STOP_S)
+            finally:  # also without a Director that answers
+                if address == "local":
+                    serve.shutdown()
+                else:
+                    serve.delete(APP_NAME)  # other applications of the cluster are not ours to stop
+                ray.shutdown()
 
 
 def _check_room(config: AppConfig, resources: dict[str, float]) -> None:
