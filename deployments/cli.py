@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from helios_core.config import CHUNK_FRAMES, NATIVE_FPS
+from helios_core.config import CHUNK_FRAMES
 from helios_core.errors import HeliosError, InvalidInput
 from helios_core.spec import VideoRequest
 
@@ -102,25 +102,24 @@ def generate(
         "preset": preset,
         "amplify_first_chunk": amplify_first_chunk,
     }
-    VideoRequest(prompt, **settings).check(Checkpoint.open(model).card)  # before minutes go into loading weights
+    spec = VideoRequest(prompt, **settings).check(Checkpoint.open(model).card)  # before minutes go into loading weights
     chunks = Helios.load(model, device, dtype).stream(prompt, **settings)
-    total = round(seconds * NATIVE_FPS)
     latents = []
     with output.open("wb") as file, progress_bar() as progress:
-        task = progress.add_task("", total=total, chunk=0, chunks=-(-total // CHUNK_FRAMES), rate=0.0, real_time=0.0)
-        first_frame, start = 0, time.perf_counter()
+        task = progress.add_task("", total=spec.frames, chunk=0, chunks=spec.chunks, rate=0.0, real_time=0.0)
+        made, start = 0, time.perf_counter()
         for chunk in chunks:
-            fragment = encode_fragment(chunk.frames, chunk_index=chunk.index, first_frame=first_frame, fps=NATIVE_FPS)
+            fragment = encode_fragment(chunk.frames, chunk_index=chunk.index, first_frame=made, fps=spec.fps)
             file.write((fragment.init if chunk.index == 0 else b"") + fragment.data)
             file.flush()
-            first_frame += fragment.frames
-            rate = first_frame / (time.perf_counter() - start)
-            progress.update(task, chunk=chunk.index + 1, completed=first_frame, rate=rate, real_time=rate / NATIVE_FPS)
+            made += fragment.frames
+            rate = made / (time.perf_counter() - start)
+            progress.update(task, chunk=chunk.index + 1, completed=made, rate=rate, real_time=rate / spec.fps)
             if save_latents is not None:
                 latents.append(chunk.state.latents.clone())
     if save_latents is not None:
         safetensors.torch.save_file({"latents": torch.cat(latents, dim=2)}, save_latents)
-    console.print(f"{output}: {first_frame} frames")
+    console.print(f"{output}: {made} frames")
 
 
 @app.command()

@@ -70,6 +70,7 @@ class Checkpoint:
 
     folder: Path
     hub_id: str | None  # owner/name@commit, if the folder is in the hub's cache; weights are fetched part by part
+    source: str  # opens this very checkpoint in any process: hub id at its commit, known name, or absolute folder
     card: ModelCard
     transformer: TransformerConfig
     vae: VaeConfig
@@ -101,13 +102,10 @@ class Checkpoint:
             size_multiple=vae.scale_factor_spatial * transformer.patch_size[1] * 2 ** (scheduler.stages - 1),
             default_size=known.default_size if known else DEFAULT_SIZE,
         )
-        hub_id = None if _is_folder(source) else f"{source.partition('@')[0]}@{folder.name}"
-        return cls(folder, hub_id, card, transformer, vae, scheduler)
-
-    @property
-    def source(self) -> str:
-        """What opens this very checkpoint again from any process: an absolute folder, or the hub id at its commit."""
-        return self.hub_id or str(self.folder)
+        if _is_folder(source):
+            return cls(folder, None, model if known else str(folder), card, transformer, vae, scheduler)
+        hub_id = f"{source.partition('@')[0]}@{folder.name}"  # the cache names its folders by commit
+        return cls(folder, hub_id, hub_id, card, transformer, vae, scheduler)
 
     def verify(self) -> None:
         """Checks every file that the loaders read by its header, and fetches what is missing of a hub id.
