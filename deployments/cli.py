@@ -1,4 +1,4 @@
-"""The command line: `helios serve | generate | demo | download`. Heavy imports wait until a command needs them."""
+"""The command line: `helios serve | generate | demo | download | trace`. Heavy imports wait for their command."""
 
 from __future__ import annotations
 
@@ -49,19 +49,24 @@ def serve(
     store: Annotated[str | None, typer.Option(help="folder, or s3://, gs://, az:// URL")] = None,
     samplers: Annotated[int | None, typer.Option(help="number of sampler replicas")] = None,
     vae_decoders: Annotated[int | None, typer.Option(help="number of VAE decoder replicas")] = None,
+    trace_file: Annotated[Path | None, typer.Option(help="append spans to it, for `helios trace`")] = None,
 ) -> None:
     """Serve a model over HTTP until interrupted."""
     from deployments.config import AppConfig
+    from deployments.ray_calls import log_folder
     from deployments.service import run_service
 
     settings = AppConfig() if config is None else AppConfig.read(config)
     settings = settings.override(model=model, host=host, port=port, store=store)
+    if trace_file is not None:
+        check_writable("trace_file", trace_file)
+        settings = settings.override(trace_file=str(trace_file.absolute()))  # replicas have other working directories
     settings = settings.with_replicas(sampler=samplers, vae_decoder=vae_decoders)
     stop = threading.Event()
     with run_service(settings) as url:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
-        console.print(f"serving {settings.model} at {url}")
+        console.print(f"serving {settings.model} at {url}, logging to {log_folder()}")
         stop.wait()
         console.print("stopping")
 
@@ -190,6 +195,17 @@ def download(model: Annotated[str, typer.Argument(help="hub id or known name")])
     from helios_core.checkpoints import download as fetch
 
     typer.echo(fetch(model))
+
+
+@app.command()
+def trace(
+    file: Annotated[Path, typer.Argument(help="what `helios serve --trace-file` wrote")],
+    video: Annotated[str | None, typer.Option(help="id of a video; by default the one that began last")] = None,
+) -> None:
+    """Draw where the time of one video went."""
+    from deployments.timeline import draw, pick, read
+
+    draw(Console(), pick(read(file), video))
 
 
 def parse_steps(text: str) -> tuple[int, ...]:

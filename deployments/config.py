@@ -53,20 +53,30 @@ class ModelPool(VaePool):
     dtype: str = "auto"
 
 
+class SamplerPool(ModelPool):
+    """`min_chunk_seconds`: for tests, how long a chunk takes at least, spread over its steps."""
+
+    min_chunk_seconds: float = Field(0.0, ge=0)
+
+
 class AppConfig(Settings):
     """Everything about one service. `model`: demo, a folder in the official layout, or a hub id."""
 
     model: str = "demo"
+    testing: bool = False  # allows settings that no real service wants
     store: str = "./helios-data"  # a folder, or s3://, gs://, az://
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=1, le=65535)
+    haproxy: bool = False  # HAProxy in front: then a viewer who reads slowly is also sent to slowly
     torch_threads: int | None = Field(None, ge=1)  # None: half of the cores (helios_core.checkpoints.use_threads)
     max_body_bytes: int = Field(1 << 20, ge=1024)
+    trace_file: str | None = None  # spans are appended to it as JSON lines, by every process of this machine
+    log_prompts: bool = False  # else logs and traces have a prompt's SHA-256 only
     limits: Limits = Limits()
     ingress: Pool = Pool()
     director: Pool = Pool()
     text_encoder: ModelPool = ModelPool()
-    sampler: ModelPool = ModelPool()
+    sampler: SamplerPool = SamplerPool()
     vae_decoder: VaePool = VaePool()
 
     @pydantic.field_validator("director")
@@ -74,6 +84,13 @@ class AppConfig(Settings):
     def _one_director(cls, pool: Pool) -> Pool:
         if pool.max_replicas != 1:
             raise ValueError(f"max_replicas is {pool.max_replicas}; allowed: 1, because one Director leads a store")
+        return pool
+
+    @pydantic.field_validator("sampler")
+    @classmethod
+    def _paced_in_tests_only(cls, pool: SamplerPool, others: pydantic.ValidationInfo) -> SamplerPool:
+        if pool.min_chunk_seconds > 0 and not others.data.get("testing"):
+            raise ValueError(f"min_chunk_seconds is {pool.min_chunk_seconds}; allowed: 0, unless testing is true")
         return pool
 
     def override(self, **changes: object) -> AppConfig:

@@ -1,41 +1,85 @@
 """Leads each video from its request to its last chunk. Holds references and metadata; never latents, never pixels.
 
 `Director` is a plain asyncio class over a `Graph` (text encoder, sampler, VAE decoder) and a store, so that tests run
-this very loop in one process; deployments/app.py puts it into a Serve replica. It does not import torch.
+this very loop in one process; deployments/graph.py puts it into a Serve replica. It imports neither torch nor ray.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
+import itertools
 import logging
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
-from typing import Any, Protocol
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar
 
-from deployments.records import ChunkRecord, Rendered, SampleReport, Status, VideoError, VideoRecord, VideoRequestRecord
+from opentelemetry.trace import Span
+
+from deployments.logs import event, shown
+from deployments.metrics import Metrics
+from deployments.records import (
+    Call,
+    News,
+    Page,
+    Rendered,
+    SampleReport,
+    Status,
+    StoredObject,
+    VideoError,
+    VideoRecord,
+    VideoRequestRecord,
+    VideoStatus,
+)
 from deployments.store import Store, StoreUnavailable
+from deployments.tracing import Tracer, ending, traceparent
+from deployments.turns import Turns
 from helios_core.errors import HeliosError
 from helios_core.spec import VideoSpec
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Ref = Any  # to a value that lives elsewhere: an ObjectRef in the service
+
+MAX_RETRIES = 3  # of one chunk: what takes a fourth replica with it is more likely the cause than a victim
+NEWS_S = 5.0  # how long a watcher's question may stay open
+UNWATCHED_S = 10.0  # how long a video that is made for its watchers goes on without one
+
+
+class ReplicaLost(Exception):
+    """The replica that worked on a call is gone; the inputs are sound, so the call can be made again."""
+
+
+class InputLost(Exception):
+    """A reference that was handed to a call leads nowhere; what it led to must come from the store."""
 
 
 class Graph(Protocol):
-    """The computing deployments, as the Director sees them."""
+    """The computing deployments, as the Director sees them.
 
-    async def encode(self, video_id: str, prompt: str) -> Ref:
-        """The prompt's TextEmbeddings, by reference."""
+    Every call raises an error of ours (HeliosError) as it was raised, ReplicaLost or InputLost. A cancelled caller is
+    released when nothing is stored for the call any more.
+    """
+
+    def samplers(self) -> int:
+        """How many calls of `sample` may be under way at once, at least 1."""
         ...
 
-    async def sample(self, spec: VideoSpec, index: int, text: Ref, state: Ref | None) -> tuple[Ref, SampleReport]:
-        """The StreamState after chunk `index`, by reference. `state`: the one before it, None for a new video."""
+    async def encode(self, call: Call, prompt: str) -> tuple[Ref, StoredObject]:
+        """The prompt's TextEmbeddings, by reference and as they were stored."""
         ...
 
-    async def render(self, video_id: str, spec: VideoSpec, term: int, state: Ref, sampled: SampleReport) -> Rendered:
+    async def sample(
+        self, call: Call, spec: VideoSpec, index: int, text: Ref, state: Ref | None
+    ) -> tuple[Ref, SampleReport]:
+        """The StreamState after chunk `index`, by reference. `text`, `state`: references, or StoredObjects to be read
+        from the store; `state` is the one before the chunk, None for a new video."""
+        ...
+
+    async def render(self, call: Call, spec: VideoSpec, term: int, state: Ref, sampled: SampleReport) -> Rendered:
         """Decodes and encodes the chunk that `state` ends with; stores its fragment, and the state."""
         ...
 
@@ -53,19 +97,40 @@ class NoSuchVideo(HeliosError):
         return f"no video has the id {self.video_id!r}"
 
 
-class RunningVideo:
-    """A video that has not ended: its newest record, and a way to wait for the next one."""
+class ChunkLost(HeliosError):
+    """A chunk could not be made because replicas died over it again and again."""
 
-    def __init__(self, record: VideoRecord) -> None:
-        self.record = record
+    code = "chunk_lost"
+
+
+class RunningVideo:
+    """A video that has not ended: its newest record, a way to wait for the next one, and who watches."""
+
+    def __init__(self, request: VideoRequestRecord) -> None:
+        self.request = request
+        self.record = VideoRecord(id=request.id, created_at=request.created_at, spec=request.spec)
         self.changed = asyncio.Event()
         self.ending = False  # nothing is left to cancel
+        self.text: StoredObject | None = None
+        self.retries: Counter[int] = Counter()  # by chunk
+        self.watchers = 0
+        self.unwatched: asyncio.TimerHandle | None = None
         self.task: asyncio.Task[None]
 
     def update(self, record: VideoRecord) -> None:
         self.record = record
         self.changed.set()
         self.changed = asyncio.Event()
+
+    def call(self, span: Span, attempt: int) -> Call:
+        """A call to a replica whose work is a part of `span`."""
+        return Call(video_id=self.request.id, traceparent=traceparent(span), attempt=attempt)
+
+    def retry(self, chunk: int, error: Exception) -> None:
+        """Counts a retry of a chunk. Raises ChunkLost if it had its share."""
+        self.retries[chunk] += 1
+        if self.retries[chunk] > MAX_RETRIES:
+            raise ChunkLost(f"chunk {chunk} was lost {self.retries[chunk]} times, at last because {error}") from error
 
 
 class Director:
@@ -74,15 +139,26 @@ class Director:
     Every public method is safe to call at any time from many tasks of one event loop.
     """
 
-    def __init__(self, graph: Graph, store: Store, term: int) -> None:
-        self._graph, self._store, self._term = graph, store, term
+    def __init__(self, graph: Graph, store: Store, tracer: Tracer, term: int, log_prompts: bool) -> None:
+        self._graph, self._store, self._tracer, self._term = graph, store, tracer, term
+        self._log_prompts = log_prompts
         self._running: dict[str, RunningVideo] = {}
+        self._deleting: set[str] = set()
         self._stopping = False
+        self._turns = Turns(graph.samplers)
+        self._metrics = Metrics()
+        self._metrics.observe(
+            running=lambda: len(self._running),
+            waiting=lambda: self._turns.waiting,
+            sampling=lambda: self._turns.sampling,
+            samplers=graph.samplers,
+            watchers=lambda: sum(video.watchers for video in self._running.values()),
+        )
 
     @classmethod
-    async def start(cls, graph: Graph, store: Store) -> Director:
+    async def start(cls, graph: Graph, store: Store, tracer: Tracer, log_prompts: bool = False) -> Director:
         """Takes the lead of `store` with a new term. Videos that an earlier Director left unfinished end as failed."""
-        director = cls(graph, store, await store.claim_term())
+        director = cls(graph, store, tracer, await store.claim_term(), log_prompts)
         for video_id in await store.active():
             try:
                 await director._close_interrupted(video_id)
@@ -94,63 +170,111 @@ class Director:
         """Returns if videos can be accepted. Raises StoreUnavailable."""
         await self._store.newest_term()
 
-    async def create(self, request: VideoRequestRecord) -> VideoRecord:
-        """Accepts a video: it is stored before this returns, and made from then on, watched or not."""
-        # Shielded: a caller that leaves now must not leave a stored video behind that nobody makes.
-        return await asyncio.shield(asyncio.create_task(self._accept(request)))
+    async def metrics(self) -> bytes:
+        """What was counted, in Prometheus' text format."""
+        return self._metrics.text()
 
-    async def _accept(self, request: VideoRequestRecord) -> VideoRecord:
+    # What clients ask for
+
+    async def create(self, request: VideoRequestRecord) -> VideoStatus:
+        """Accepts a video: it is stored before this returns, and made from then on, watched or not, unless it is to be
+        made `while_watched`."""
+        # Shielded: a caller that leaves now must not leave a stored video behind that nobody makes.
+        return await _whole(self._accept(request))
+
+    async def _accept(self, request: VideoRequestRecord) -> VideoStatus:
         await self._store.accept(request)
-        record = VideoRecord(id=request.id, created_at=request.created_at, spec=request.spec)
-        video = self._running[request.id] = RunningVideo(record)
+        video = self._running[request.id] = RunningVideo(request)
+        self._metrics.accepted(request.id, request.created_at)
+        prompt = shown(request.spec.prompt, self._log_prompts)
+        event(logger, "accepted", request, prompt=prompt, chunks=request.spec.chunks)
+        self._watch_out(video)
         # In a context of its own: a video outlives the request that created it, but Ray cancels a request's calls with
         # the request.
         video.task = asyncio.create_task(self._lead(video), name=request.id, context=contextvars.Context())
         await asyncio.sleep(0)  # lets it begin: a task cancelled before its first step runs nothing, not even its end
-        return record
+        return self._status(video.record)
 
-    async def get(self, video_id: str) -> VideoRecord:
+    async def get(self, video_id: str) -> VideoStatus:
         """Where a video stands. Raises NoSuchVideo."""
         if video_id in self._running:
-            return self._running[video_id].record
-        record = await self._store.record(video_id)
+            return self._status(self._running[video_id].record)
+        record = None if video_id in self._deleting else await self._store.record(video_id)
         if record is None:
             raise NoSuchVideo(video_id)
-        return record
+        return self._status(record)
 
-    async def watch(self, video_id: str, from_chunk: int = 0) -> AsyncGenerator[ChunkRecord | VideoRecord, None]:
-        """Every committed chunk from `from_chunk` on, as soon as it is committed; last, the record of the ended video.
+    async def page(self, limit: int, after: str | None = None, newest_first: bool = True) -> Page:
+        """At most `limit` videos, those after the video `after` in the order of their creation, or its reverse.
+
+        Raises NoSuchVideo if there is no video `after`.
+        """
+        ids = [video_id for video_id in await self._store.video_ids() if video_id not in self._deleting]
+        if not newest_first:
+            ids.reverse()
+        if after is not None and after not in ids:
+            raise NoSuchVideo(after)
+        ids = ids[ids.index(after) + 1 :] if after is not None else ids
+        found = await asyncio.gather(*(self._get_readable(video_id) for video_id in ids[:limit]))
+        return Page(videos=tuple(status for status in found if status is not None), has_more=len(ids) > limit)
+
+    async def _get_readable(self, video_id: str) -> VideoStatus | None:
+        try:
+            return await self.get(video_id)
+        except NoSuchVideo:
+            return None  # deleted a moment ago
+        except ValueError:
+            logger.exception("video %s cannot be read and is not listed", video_id)
+            return None
+
+    async def news(self, video_id: str, seen: int) -> News:
+        """The chunks from index `seen` on, as soon as there is one; after NEWS_S without any, none. At once if the
+        video has ended. Raises NoSuchVideo.
+
+        Whoever watches asks again and again. A question that stays open is one that ends by itself: if its asker dies,
+        Ray does not tell.
+        """
+        video = self._running.get(video_id)
+        if video is None:
+            record = (await self.get(video_id)).record
+        else:
+            with self._watched(video):
+                try:
+                    async with asyncio.timeout(NEWS_S):
+                        while len(video.record.chunks) <= seen and not video.record.ended:
+                            await video.changed.wait()
+                except TimeoutError:
+                    pass  # no news
+            record = video.record
+        return News(status=record.status, init=record.init, chunks=record.chunks[seen:])
+
+    async def cancel(self, video_id: str) -> VideoStatus:
+        """Stops a video and returns when it has ended; what was committed stays. One that has ended stays as it is.
 
         Raises NoSuchVideo.
         """
         video = self._running.get(video_id)
         if video is None:
-            record = await self.get(video_id)
-            for chunk in record.chunks[from_chunk:]:
-                yield chunk
-            yield record
-            return
-        index = from_chunk
-        while True:
-            changed, record = video.changed, video.record
-            for chunk in record.chunks[index:]:
-                yield chunk
-            index = max(index, len(record.chunks))
-            if record.ended:
-                yield record
-                return
-            await changed.wait()
+            return await self.get(video_id)
+        self._cancel(video)
+        await asyncio.wait([video.task])
+        return self._status(video.record)
 
-    async def create_and_watch(self, request: VideoRequestRecord) -> AsyncGenerator[ChunkRecord | VideoRecord, None]:
-        """`create`, then `watch`, in one call; leaving it before the end cancels the video. First item: its record."""
-        record = await self.create(request)
+    async def delete(self, video_id: str) -> None:
+        """Stops a video if it runs and removes all of it. Raises NoSuchVideo."""
+        await _whole(self._delete(video_id))
+
+    async def _delete(self, video_id: str) -> None:
+        status = await self.cancel(video_id)
+        if video_id in self._deleting:
+            raise NoSuchVideo(video_id)
+        self._deleting.add(video_id)
         try:
-            yield record
-            async with aclosing(self.watch(request.id)) as events:
-                async for event in events:
-                    yield event
+            self._running.pop(video_id, None)
+            await self._store.delete(video_id)
         finally:
-            self.cancel(request.id)
+            self._deleting.discard(video_id)
+        logger.info("deleted", extra={"video_id": video_id, "chunks": len(status.record.chunks)})
 
     async def stop(self) -> None:
         """Stops all work at once, without ending any video: for a service that is about to go."""
@@ -159,64 +283,161 @@ class Director:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._tracer.close()
 
-    def cancel(self, video_id: str) -> None:
-        """Stops a running video; what was committed stays. Does nothing if it has ended."""
-        video = self._running.get(video_id)
-        if video is not None and not video.ending and not video.task.cancelling():
+    def _status(self, record: VideoRecord) -> VideoStatus:
+        return VideoStatus(record=record, queue_position=self._turns.place(record.id))
+
+    def _cancel(self, video: RunningVideo) -> None:
+        if not video.ending and not video.task.cancelling():
             video.task.cancel()
+
+    @contextmanager
+    def _watched(self, video: RunningVideo) -> Iterator[None]:
+        video.watchers += 1
+        try:
+            yield
+        finally:
+            video.watchers -= 1
+            self._watch_out(video)
+
+    def _watch_out(self, video: RunningVideo) -> None:
+        """From here on, `video` has UNWATCHED_S to find a watcher, if it has none and needs one."""
+        if video.unwatched is not None:
+            video.unwatched.cancel()
+        if video.request.while_watched and not video.ending:
+            video.unwatched = asyncio.get_running_loop().call_later(UNWATCHED_S, self._cancel_unwatched, video)
+
+    def _cancel_unwatched(self, video: RunningVideo) -> None:
+        if not video.watchers:
+            event(logger, "unwatched", video.request)
+            self._cancel(video)
+
+    # One video's way
 
     async def _lead(self, video: RunningVideo) -> None:
         """From the prompt to the last commit, then the end, whatever it is."""
-        error = None
-        try:
-            await self._make_chunks(video)
-            status: Status = "completed"
-        except asyncio.CancelledError as cancelled:
-            if self._stopping:
-                return  # it stays active in the store, for the next Director to find
-            if video.task.cancelling():
-                status = "cancelled"
-            else:  # Ray reports a call that the cluster dropped in the same way as one that we dropped
-                status, error = "failed", _reported(video.record.id, cancelled)
-        except ExceptionGroup as group:
-            status, error = "failed", _reported(video.record.id, group)
-        video.ending = True
-        await self._end(video, status, error)
+        with self._tracer.span("video", video.request.traceparent, video_id=video.request.id) as span:
+            error = None
+            try:
+                await self._make_chunks(video)
+                status: Status = "completed"
+            except asyncio.CancelledError as cancelled:
+                if self._stopping:
+                    return  # it stays active in the store, for the next Director to find
+                if video.task.cancelling():
+                    status = "cancelled"
+                else:  # a call that was dropped without our doing
+                    status, error = "failed", _reported(video.request, cancelled)
+            except (ExceptionGroup, HeliosError) as failed:
+                status, error = "failed", _reported(video.request, failed)
+            video.ending = True
+            await self._end(video, status, error)
+            span.set_attributes({"status": video.record.status, "chunks": len(video.record.chunks)})
 
     async def _end(self, video: RunningVideo, status: Status, error: VideoError | None) -> None:
+        self._turns.forget(video.request.id)
+        if video.unwatched is not None:
+            video.unwatched.cancel()
         changes = {"status": status, "error": error, "completed_at": time.time()}
         ended = video.record.model_copy(update=changes)
         try:
             await self._store.put_record(ended, self._term)
-            await self._store.end(ended.id)
             del self._running[ended.id]
         except StoreUnavailable as lost:
             # What was committed is safe, the end is not: memory keeps it for those who ask, and the next Director will
             # find the video active.
-            logger.error("video %s: its end could not be stored: %s", ended.id, lost)
+            event(logger, "end not stored", video.request, logging.ERROR, reason=str(lost))
             failure = VideoError(code=lost.code, message=str(lost))
             ended = video.record.model_copy(update={**changes, "status": "failed", "error": failure})
+        else:
+            await self._tidy(ended)
         video.update(ended)
+        self._metrics.ended(ended)
+        code = ended.error.code if ended.error else None
+        event(logger, "ended", video.request, status=ended.status, code=code, chunks=len(ended.chunks))
+
+    async def _tidy(self, ended: VideoRecord) -> None:
+        """Removes what an ended video leaves behind: what no record names, and its active marker, last."""
+        try:
+            await self._store.sweep(ended, self._term)
+            await self._store.end(ended.id)
+        except StoreUnavailable as error:  # it stays active: the next Director tries again
+            logger.warning("not tidied up: %s", error, extra={"video_id": ended.id})
 
     async def _make_chunks(self, video: RunningVideo) -> None:
-        spec = video.record.spec
+        """All chunks. If an input is lost on the way, again from the last commit, with what the store has."""
+        while True:
+            try:
+                return await self._make_chunks_from_last_commit(video)
+            except ExceptionGroup as group:
+                lost, others = group.split(InputLost)
+                if others is not None or lost is None:
+                    raise
+                video.retry(len(video.record.chunks), lost)
+
+    async def _make_chunks_from_last_commit(self, video: RunningVideo) -> None:
+        spec, made = video.request.spec, video.record.chunks
         async with asyncio.TaskGroup() as renders:
-            text = await self._graph.encode(video.record.id, spec.prompt)
-            state, commit = None, None
-            video.update(video.record.model_copy(update={"status": "in_progress"}))
-            for index in range(spec.chunks):
-                state, sampled = await self._graph.sample(spec, index, text, state)
-                # Sampling of a chunk overlaps the rendering of the one before, and of no more: a slow VAE slows the
-                # sampler instead of letting states pile up.
-                if commit is not None:
-                    await commit
-                commit = renders.create_task(self._render_and_commit(video, state, sampled))
+            text = await self._encode(video) if video.text is None else video.text
+            state = made[-1].state if made else None
+            commit = None
+            for index in range(len(made), spec.chunks):
+                chunk = self._tracer.start("chunk", video.request.traceparent, video_id=video.request.id, chunk=index)
+                with ending(chunk, only_on_error=True):
+                    state, sampled = await self._sample(video, chunk, index, text, state)
+                    # Sampling of a chunk overlaps the rendering of the one before, and of no more: a slow VAE slows the
+                    # sampler instead of letting states pile up.
+                    if commit is not None:
+                        await commit
+                commit = renders.create_task(self._render_and_commit(video, chunk, index, state, sampled))
             if commit is not None:
                 await commit  # a task group takes a task that was cancelled for one that is done
 
-    async def _render_and_commit(self, video: RunningVideo, state: Ref, sampled: SampleReport) -> None:
-        rendered = await self._graph.render(video.record.id, video.record.spec, self._term, state, sampled)
+    async def _encode(self, video: RunningVideo) -> Ref:
+        """The embeddings, by reference. From now on the video knows where they are stored."""
+
+        async def attempt(number: int) -> Ref:
+            call = Call(video_id=video.request.id, traceparent=video.request.traceparent, attempt=number)
+            with self._losses(video, "text_encoder", "encode prompt", call):
+                text, video.text = await self._graph.encode(call, video.request.spec.prompt)
+                return text
+
+        return await self._retried(video, 0, attempt)
+
+    async def _sample(
+        self, video: RunningVideo, chunk: Span, index: int, text: Ref, state: Ref | None
+    ) -> tuple[Ref, SampleReport]:
+        """The state after a chunk, when the video's turn has come."""
+
+        async def attempt(number: int) -> tuple[Ref, SampleReport]:
+            call, asked = video.call(chunk, number), time.time_ns()
+            async with self._turns.turn(video.request.id, again=number > 0):
+                now = time.time_ns()
+                self._tracer.start("wait", call.traceparent, start_time=asked).end(now)
+                self._metrics.waited((now - asked) / 1e9)
+                if video.record.status == "queued":
+                    video.update(video.record.model_copy(update={"status": "in_progress"}))
+                    event(logger, "started", video.request)
+                with self._losses(video, "sampler", "sample", call):
+                    return await self._graph.sample(call, video.request.spec, index, text, state)
+
+        return await self._retried(video, index, attempt)
+
+    async def _render_and_commit(
+        self, video: RunningVideo, chunk: Span, index: int, state: Ref, sampled: SampleReport
+    ) -> None:
+        async def attempt(number: int) -> Rendered:
+            call = video.call(chunk, number)
+            with self._losses(video, "vae_decoder", "render", call):
+                return await self._graph.render(call, video.request.spec, self._term, state, sampled)
+
+        with ending(chunk):
+            rendered = await self._retried(video, index, attempt)
+            with self._tracer.span("commit", traceparent(chunk)):
+                await self._commit(video, rendered)
+
+    async def _commit(self, video: RunningVideo, rendered: Rendered) -> None:
         record, chunk = video.record, rendered.chunk
         if chunk.index != len(record.chunks):
             raise RuntimeError(f"video {record.id}: chunk {chunk.index} came when {len(record.chunks)} was due")
@@ -225,24 +446,57 @@ class Director:
         committed = record.model_copy(update={"init": rendered.init, "chunks": (*record.chunks, chunk)})
         await self._store.put_record(committed, self._term)
         video.update(committed)
+        self._metrics.committed(committed, time.time())
+        event(logger, "committed", video.request, chunk=chunk.index, bytes=chunk.fragment.bytes)
         try:
             await self._store.keep_only_last_state(committed, self._term)
         except StoreUnavailable as error:  # only tidying up: it is tried again after the next chunk
-            logger.warning("video %s: earlier states were not removed: %s", record.id, error)
+            event(logger, "earlier states not removed", video.request, logging.WARNING, reason=str(error))
+
+    async def _retried(self, video: RunningVideo, chunk: int, attempt: Callable[[int], Awaitable[T]]) -> T:
+        """`attempt(0)`; if its replica is lost `attempt(1)`, and so on. Raises ChunkLost after MAX_RETRIES."""
+        for number in itertools.count():
+            try:
+                return await attempt(number)
+            except ReplicaLost as lost:
+                video.retry(chunk, lost)
+        raise AssertionError("unreachable")
+
+    @contextmanager
+    def _losses(self, video: RunningVideo, part: str, name: str, call: Call) -> Iterator[None]:
+        """Tells of what is lost in the block. A replica that dies takes its span along: ours stands in for it."""
+        began = time.time_ns()
+        try:
+            yield
+        except (ReplicaLost, InputLost) as error:
+            reason = "replica_lost" if isinstance(error, ReplicaLost) else "input_lost"
+            self._metrics.retried(part, reason)
+            event(logger, reason, video.request, logging.WARNING, part=part, attempt=call.attempt, reason=str(error))
+            span = self._tracer.start(name, call.traceparent, start_time=began, attempt=call.attempt, lost=True)
+            with ending(span):
+                raise
 
     async def _close_interrupted(self, video_id: str) -> None:
         request = await self._store.request(video_id)
+        if request is None:
+            await self._store.delete(video_id)  # a deletion that was interrupted
+            return
         record = await self._store.record(video_id)
-        if record is None and request is not None:
+        if record is None:
             record = VideoRecord(id=video_id, created_at=request.created_at, spec=request.spec)
-        if record is not None and not record.ended:
+        if not record.ended:
             error = VideoError(code="interrupted", message="the service stopped while this video was being made")
-            ended = record.model_copy(update={"status": "failed", "error": error, "completed_at": time.time()})
-            await self._store.put_record(ended, self._term)
-        await self._store.end(video_id)
+            record = record.model_copy(update={"status": "failed", "error": error, "completed_at": time.time()})
+            await self._store.put_record(record, self._term)
+        await self._tidy(record)
 
 
-def _reported(video_id: str, error: BaseException) -> VideoError:
+async def _whole(work: Awaitable[T]) -> T:
+    """`work`, done to its end also if the caller leaves."""
+    return await asyncio.shield(asyncio.ensure_future(work))
+
+
+def _reported(video: VideoRequestRecord, error: BaseException) -> VideoError:
     """What the client hears of a failure: an error of ours as it is, of anything else no inner detail."""
     whole = error
     while isinstance(error, ExceptionGroup):
@@ -250,5 +504,6 @@ def _reported(video_id: str, error: BaseException) -> VideoError:
     if isinstance(error, HeliosError):
         return VideoError(code=error.code, message=str(error))
     # A bug of ours, or a part of the cluster that died.
-    logger.error("video %s failed", video_id, exc_info=whole)
+    extra = {"video_id": video.id}
+    logger.error("video %s failed", video.id, exc_info=whole, extra=extra)
     return VideoError(code="internal_error", message="the service failed while making this video")

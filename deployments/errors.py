@@ -6,11 +6,10 @@ import logging
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
-from ray.exceptions import RayActorError
 from ray.serve.exceptions import RayServeException
 from starlette.exceptions import HTTPException
 
-from deployments.director import NoSuchVideo
+from deployments.director import NoSuchVideo, ReplicaLost
 from deployments.schemas import error_object
 from deployments.store import StoreUnavailable
 from helios_core.errors import HeliosError, InvalidInput
@@ -23,12 +22,18 @@ logger = logging.getLogger(__name__)
 class RequestError(HeliosError):
     """A request that is refused with a status of its own. `param`: the field at fault, if there is one."""
 
-    def __init__(self, status: int, code: str, message: str, param: str | None = None) -> None:
-        super().__init__(status, code, message, param)
-        self.status, self.code, self.message, self.param = status, code, message, param
+    def __init__(
+        self, status: int, code: str, message: str, param: str | None = None, headers: dict[str, str] | None = None
+    ) -> None:
+        super().__init__(status, code, message, param, headers)
+        self.status, self.code, self.message, self.param, self.headers = status, code, message, param, headers
 
     def __str__(self) -> str:
         return self.message
+
+
+class CutOff(Exception):
+    """A response ended early. Raised inside its body, so that the client sees an incomplete one: it has no status."""
 
 
 def status_of(error: HeliosError) -> int:
@@ -54,10 +59,11 @@ def install_error_handlers(app: FastAPI) -> None:
         if status == 500:
             return unexpected(error)
         param = error.field if isinstance(error, InvalidInput) else getattr(error, "param", None)
+        logger.info("refused", extra={"status": status, "code": error.code, "param": param})
         body = error_object(str(error), status, param, error.code)
-        return JSONResponse(body, status, RETRY if status == 503 else None)
+        return JSONResponse(body, status, RETRY if status == 503 else getattr(error, "headers", None))
 
-    @app.exception_handler(RayActorError)
+    @app.exception_handler(ReplicaLost)
     @app.exception_handler(RayServeException)
     async def unavailable(_: Request, error: Exception) -> JSONResponse:
         logger.warning("a replica was not there: %s", error)
@@ -72,6 +78,9 @@ def install_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def bug(_: Request, error: Exception) -> JSONResponse:
+        if isinstance(error, CutOff):  # no bug, and this answer is not sent: another one has begun
+            logger.info("cut off", extra={"reason": str(error)})
+            return JSONResponse(None)
         return unexpected(error)
 
 

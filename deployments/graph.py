@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator
-from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
-from deployments.config import AppConfig
+from deployments.config import AppConfig, Pool
 from deployments.director import Director, Ref
-from deployments.ray_calls import call, call_by_reference, stream
-from deployments.records import ChunkRecord, Rendered, SampleReport, VideoRecord, VideoRequestRecord
+from deployments.logs import log_with_serve
+from deployments.ray_calls import call, call_by_reference, call_to_its_end, live_replicas
+from deployments.records import (
+    Call,
+    News,
+    Page,
+    Rendered,
+    SampleReport,
+    StoredObject,
+    VideoRequestRecord,
+    VideoStatus,
+)
 from deployments.store import Store
+from deployments.tracing import Tracer
 from helios_core.spec import VideoSpec
 
 
@@ -20,19 +29,28 @@ class ServeGraph:
     """The Graph of a Director whose parts are Serve deployments. Values stay where they were made."""
 
     def __init__(
-        self, text_encoder: DeploymentHandle, sampler: DeploymentHandle, vae_decoder: DeploymentHandle
+        self, pool: Pool, text_encoder: DeploymentHandle, sampler: DeploymentHandle, vae_decoder: DeploymentHandle
     ) -> None:
+        """`pool`: the samplers'."""
+        self._pool = pool
         self._text_encoder, self._sampler, self._vae_decoder = text_encoder, sampler, vae_decoder
 
-    async def encode(self, video_id: str, prompt: str) -> Ref:
-        text, _ = await call_by_reference(self._text_encoder, "encode", video_id, prompt)
-        return text
+    def samplers(self) -> int:
+        live = live_replicas(self._sampler)
+        if live < self._pool.max_replicas and self._pool.min_replicas < self._pool.max_replicas:
+            return live + 1  # Serve adds a replica only if it sees a call that none can take
+        return max(1, live)  # with none alive, one call waits for the first that is
 
-    async def sample(self, spec: VideoSpec, index: int, text: Ref, state: Ref | None) -> tuple[Ref, SampleReport]:
-        return await call_by_reference(self._sampler, "sample_chunk", spec, index, text, state)
+    async def encode(self, call: Call, prompt: str) -> tuple[Ref, StoredObject]:
+        return await call_by_reference(self._text_encoder, "encode", call, prompt)
 
-    async def render(self, video_id: str, spec: VideoSpec, term: int, state: Ref, sampled: SampleReport) -> Rendered:
-        rendered: Rendered = await call(self._vae_decoder, "render_chunk", video_id, spec, term, state, sampled)
+    async def sample(
+        self, call: Call, spec: VideoSpec, index: int, text: Ref, state: Ref | None
+    ) -> tuple[Ref, SampleReport]:
+        return await call_by_reference(self._sampler, "sample_chunk", call, spec, index, text, state)
+
+    async def render(self, call: Call, spec: VideoSpec, term: int, state: Ref, sampled: SampleReport) -> Rendered:
+        rendered: Rendered = await call_to_its_end(self._vae_decoder, "render_chunk", call, spec, term, state, sampled)
         return rendered
 
 
@@ -40,21 +58,30 @@ class DirectorReplica:
     """A Director over a ServeGraph, as a deployment."""
 
     async def __init__(self, config: AppConfig, *parts: DeploymentHandle) -> None:  # type: ignore[misc]
-        self._director = await Director.start(ServeGraph(*parts), Store(config.store))
+        log_with_serve()
+        graph, tracer = ServeGraph(config.sampler, *parts), Tracer("director", config.trace_file)
+        self._director = await Director.start(graph, Store(config.store), tracer, config.log_prompts)
 
-    async def create(self, request: VideoRequestRecord) -> VideoRecord:
+    async def create(self, request: VideoRequestRecord) -> VideoStatus:
         return await self._director.create(request)
 
-    async def get(self, video_id: str) -> VideoRecord:
+    async def get(self, video_id: str) -> VideoStatus:
         return await self._director.get(video_id)
 
-    async def watch(self, video_id: str, from_chunk: int) -> AsyncIterator[ChunkRecord | VideoRecord]:
-        async for event in self._director.watch(video_id, from_chunk):
-            yield event
+    async def page(self, limit: int, after: str | None, newest_first: bool) -> Page:
+        return await self._director.page(limit, after, newest_first)
 
-    async def create_and_watch(self, request: VideoRequestRecord) -> AsyncIterator[ChunkRecord | VideoRecord]:
-        async for event in self._director.create_and_watch(request):
-            yield event
+    async def news(self, video_id: str, seen: int) -> News:
+        return await self._director.news(video_id, seen)
+
+    async def cancel(self, video_id: str) -> VideoStatus:
+        return await self._director.cancel(video_id)
+
+    async def delete(self, video_id: str) -> None:
+        await self._director.delete(video_id)
+
+    async def metrics(self) -> bytes:
+        return await self._director.metrics()
 
     async def ready(self) -> None:
         await self._director.ready()
@@ -76,16 +103,29 @@ class RemoteDirector:
     async def ready(self) -> None:
         await call(self._handle, "ready")
 
-    async def create(self, request: VideoRequestRecord) -> VideoRecord:
-        record: VideoRecord = await call(self._handle, "create", request)
-        return record
+    async def create(self, request: VideoRequestRecord) -> VideoStatus:
+        status: VideoStatus = await call(self._handle, "create", request)
+        return status
 
-    async def get(self, video_id: str) -> VideoRecord:
-        record: VideoRecord = await call(self._handle, "get", video_id)
-        return record
+    async def get(self, video_id: str) -> VideoStatus:
+        status: VideoStatus = await call(self._handle, "get", video_id)
+        return status
 
-    def watch(self, video_id: str, from_chunk: int = 0) -> AsyncGenerator[Any, None]:
-        return stream(self._handle, "watch", video_id, from_chunk)
+    async def page(self, limit: int, after: str | None, newest_first: bool) -> Page:
+        page: Page = await call(self._handle, "page", limit, after, newest_first)
+        return page
 
-    def create_and_watch(self, request: VideoRequestRecord) -> AsyncGenerator[Any, None]:
-        return stream(self._handle, "create_and_watch", request)
+    async def news(self, video_id: str, seen: int) -> News:
+        news: News = await call(self._handle, "news", video_id, seen)
+        return news
+
+    async def cancel(self, video_id: str) -> VideoStatus:
+        status: VideoStatus = await call(self._handle, "cancel", video_id)
+        return status
+
+    async def delete(self, video_id: str) -> None:
+        await call(self._handle, "delete", video_id)
+
+    async def metrics(self) -> bytes:
+        text: bytes = await call(self._handle, "metrics")
+        return text

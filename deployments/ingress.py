@@ -1,98 +1,135 @@
-"""HTTP, and nothing else: no tensors, no torch. Checks what comes in, follows the Director, reads the store."""
+"""HTTP, and nothing else: no tensors, no torch. Checks what comes in, asks the Director, reads the store."""
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
+import prometheus_client
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
+from opentelemetry.trace import Span, SpanKind
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from deployments.config import AppConfig
+from deployments.content import LIVE_HEADERS, VideoResponse, file_response, live_bytes, live_response, objects_of
 from deployments.director import NoSuchVideo
-from deployments.errors import RequestError, install_error_handlers
+from deployments.errors import RequestError, install_error_handlers, status_of
 from deployments.graph import RemoteDirector
-from deployments.records import ChunkRecord, VideoRecord, VideoRequestRecord
-from deployments.schemas import CreateVideo, model_object, video_object
+from deployments.logs import log_with_serve
+from deployments.records import News, Page, VideoRequestRecord, VideoStatus
+from deployments.schemas import CreateVideo, GetContent, ListVideos, model_object, page_object, video_object
 from deployments.store import Store, is_video_id, new_video_id
-from helios_core.errors import HeliosError
+from deployments.tracing import Tracer, traceparent
+from helios_core.errors import HeliosError, InvalidInput
 from helios_core.spec import ModelCard
-
-LIVE_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # the second: proxies must not hold it back
-
-Events = AsyncGenerator[ChunkRecord | VideoRecord, None]
 
 
 class DirectorCalls(Protocol):
     """The Director's public methods, called in process or through a Serve handle."""
 
     async def ready(self) -> None: ...
-    async def create(self, request: VideoRequestRecord) -> VideoRecord: ...
-    async def get(self, video_id: str) -> VideoRecord: ...
-    def watch(self, video_id: str, from_chunk: int = 0) -> Events: ...
-    def create_and_watch(self, request: VideoRequestRecord) -> Events: ...
+    async def create(self, request: VideoRequestRecord) -> VideoStatus: ...
+    async def get(self, video_id: str) -> VideoStatus: ...
+    async def page(self, limit: int, after: str | None, newest_first: bool) -> Page: ...
+    async def news(self, video_id: str, seen: int) -> News: ...
+    async def cancel(self, video_id: str) -> VideoStatus: ...
+    async def delete(self, video_id: str) -> None: ...
+    async def metrics(self) -> bytes: ...
 
 
-class CutOff(HeliosError):
-    """A live video ended early. Raised inside a response body, so that the client sees an incomplete one."""
-
-    code = "cut_off"
-
-
-def http_app(config: AppConfig, card: ModelCard, director: DirectorCalls, store: Store) -> FastAPI:
+def http_app(config: AppConfig, card: ModelCard, director: DirectorCalls, store: Store, tracer: Tracer) -> FastAPI:
     """The HTTP service over a Director and its store."""
     app = FastAPI(title="Helios Serve", openapi_url=None)
     install_error_handlers(app)
+    leaving: set[asyncio.Task[VideoStatus]] = set()
 
-    async def accepted(request: Request) -> VideoRequestRecord:
-        body = CreateVideo.parse(await json_body(request, config.max_body_bytes))
-        if body.model is not None and body.model != card.id:
-            raise RequestError(404, "model_not_found", f"model is {body.model[:80]!r}; served: {card.id}", "model")
-        now = time.time()
-        spec = body.request(config.limits).check(card)
-        return VideoRequestRecord(id=new_video_id(now), created_at=now, spec=spec)
+    async def accepted(request: Request, while_watched: bool) -> tuple[VideoStatus, str]:
+        """The new video, and the traceparent of the span that ends here: an ingress that dies later loses no root."""
+        with span_of(request, tracer) as span:
+            body = CreateVideo.parse(await json_body(request, config.max_body_bytes))
+            if body.model is not None and body.model != card.id:
+                raise RequestError(404, "model_not_found", f"model is {body.model[:80]!r}; served: {card.id}", "model")
+            spec = body.request(config.limits).check(card)
+            now, parent = time.time(), traceparent(span)
+            video = VideoRequestRecord(
+                id=new_video_id(now), created_at=now, spec=spec, traceparent=parent, while_watched=while_watched
+            )
+            span.set_attribute("video_id", video.id)
+            return await director.create(video), parent
+
+    def leave(video_id: str) -> None:
+        """Cancels a video whose only viewer is gone. Ray cancels a request's calls with the request: not this one."""
+        task = asyncio.create_task(director.cancel(video_id), context=contextvars.Context())
+        leaving.add(task)
+        task.add_done_callback(leaving.discard)
+
+    async def watched_bytes(video_id: str) -> AsyncGenerator[bytes, None]:
+        try:
+            async for data in live_bytes(partial(director.news, video_id), store):
+                yield data
+        except (asyncio.CancelledError, GeneratorExit):
+            leave(video_id)
+            raise
 
     @app.post("/v1/videos")
     async def create(request: Request) -> JSONResponse:
-        return JSONResponse(video_object(await director.create(await accepted(request))))
+        status, parent = await accepted(request, while_watched=False)
+        return JSONResponse(video_object(status), headers={"traceparent": parent})
 
     @app.post("/v1/videos/stream")
     async def stream(request: Request) -> Response:
-        video = await accepted(request)
-        events = director.create_and_watch(video)
-        await anext(events)  # the accepted video: what goes wrong up to here still has a status of its own
-        return StreamingResponse(
-            file_bytes(events, director, store, video.id),
-            media_type="video/mp4",
-            headers={**LIVE_HEADERS, "X-Video-Id": video.id},
-        )
+        status, parent = await accepted(request, while_watched=True)
+        headers = {**LIVE_HEADERS, "X-Video-Id": status.record.id, "traceparent": parent}
+        return VideoResponse(watched_bytes(status.record.id), headers=headers)
+
+    @app.get("/v1/videos")
+    async def page(request: Request) -> JSONResponse:
+        query = ListVideos.parse(request.query_params)
+        try:
+            after = None if query.after is None else known(query.after)
+            return JSONResponse(page_object(await director.page(query.limit, after, query.order == "desc")))
+        except NoSuchVideo:
+            raise InvalidInput("after", query.after, "the id of a video") from None
 
     @app.get("/v1/videos/{video_id}")
     async def retrieve(video_id: str) -> JSONResponse:
         return JSONResponse(video_object(await director.get(known(video_id))))
 
-    @app.get("/v1/videos/{video_id}/content")
-    async def content(video_id: str) -> Response:
-        record = await director.get(known(video_id))
-        if record.status in ("failed", "cancelled"):
+    @app.delete("/v1/videos/{video_id}")
+    async def delete(video_id: str) -> JSONResponse:
+        await director.delete(known(video_id))
+        return JSONResponse({"id": video_id, "object": "video.deleted", "deleted": True})
+
+    @app.post("/v1/videos/{video_id}/cancel")
+    async def cancel(video_id: str) -> JSONResponse:
+        return JSONResponse(video_object(await director.cancel(known(video_id))))
+
+    @app.api_route("/v1/videos/{video_id}/content", methods=["GET", "HEAD"])
+    async def content(request: Request, video_id: str) -> Response:
+        query = GetContent.parse(request.query_params)
+        record = (await director.get(known(video_id))).record
+        if not record.ended:
+            return live_response(request, partial(director.news, video_id), store)
+        if record.status != "completed" and not (query.partial == "true" and record.chunks):
             why = f": {record.error.message}" if record.error else ""
             raise RequestError(409, f"video_{record.status}", f"video {video_id} is {record.status}{why}")
-        headers = LIVE_HEADERS
-        if record.status == "completed" and record.init is not None:
-            size = record.init.bytes + sum(chunk.fragment.bytes for chunk in record.chunks)
-            headers = {"Content-Length": str(size)}
-        return StreamingResponse(
-            file_bytes(director.watch(video_id), director, store, video_id), media_type="video/mp4", headers=headers
-        )
+        return file_response(request, objects_of(record.init, record.chunks), store)
 
     @app.get("/v1/models")
     async def models() -> JSONResponse:
         return JSONResponse({"object": "list", "data": [model_object(card, config.limits)]})
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(await director.metrics(), media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
     @app.get("/healthz")
     async def healthz() -> JSONResponse:
@@ -106,24 +143,21 @@ def http_app(config: AppConfig, card: ModelCard, director: DirectorCalls, store:
     return app
 
 
-async def file_bytes(events: Events, director: DirectorCalls, store: Store, video_id: str) -> AsyncIterator[bytes]:
-    """The video's file, fragment by fragment, as its chunks are committed.
-
-    Raises CutOff at the end of a video that failed or was cancelled.
-    """
-    begun = False
-    async with aclosing(events):
-        async for event in events:
-            if isinstance(event, VideoRecord):
-                if event.status != "completed":
-                    raise CutOff(f"video {video_id} is {event.status} after {len(event.chunks)} chunks")
-                return
-            if not begun:
-                record = await director.get(video_id)
-                assert record.init is not None, "a committed chunk has an init segment"
-                yield await store.read(record.init.key)
-                begun = True
-            yield await store.read(event.fragment.key)
+@contextmanager
+def span_of(request: Request, tracer: Tracer) -> Iterator[Span]:
+    """A request's span, a child of the caller's if there is one. What the caller did wrong is no error of the span."""
+    refused: HeliosError | None = None
+    name = f"{request.method} {request.url.path}"
+    with tracer.span(name, request.headers.get("traceparent"), kind=SpanKind.SERVER) as span:
+        try:
+            yield span
+        except HeliosError as error:
+            span.set_attribute("http.response.status_code", status_of(error))
+            if status_of(error) >= 500:
+                raise
+            refused = error
+    if refused is not None:
+        raise refused
 
 
 async def json_body(request: Request, limit: int) -> dict[str, Any]:
@@ -157,7 +191,9 @@ class Ingress:
     """The HTTP service as a Serve deployment."""
 
     def __init__(self, config: AppConfig, card: ModelCard, director: DeploymentHandle) -> None:
-        self._app = http_app(config, card, RemoteDirector(director), Store(config.store))
+        log_with_serve()
+        tracer = Tracer("ingress", config.trace_file)
+        self._app = http_app(config, card, RemoteDirector(director), Store(config.store), tracer)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app

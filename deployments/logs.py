@@ -1,6 +1,6 @@
 """Events as structured log lines: one line per event, with the video's id and its trace's id in each.
 
-In the service Serve writes them as JSON, one object a line, into Ray's log folder (`logs/serve/` of the session), beside
+In the service Serve writes them as JSON, one object a line, into the log folder of Ray's session, beside
 its own; see deployments/service.py. Elsewhere they are ordinary log records that carry the same fields.
 """
 

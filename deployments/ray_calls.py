@@ -1,5 +1,5 @@
-"""The few private calls of Ray that passing by reference needs. Ray is pinned; tests/deployments/test_ray_calls.py
-holds what is relied on here.
+"""The few private calls of Ray that passing by reference needs, and what its errors mean. Ray is pinned;
+tests/deployments/test_ray_calls.py holds what is relied on here.
 
 A replica method called through `call_by_reference` is an async generator of two items: first the large value, which
 its caller never fetches, then a small report. Waiting for the report tells that the value exists and brings up what
@@ -9,66 +9,137 @@ went wrong; waiting for the value itself would copy it into the caller.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
-from typing import Any, NoReturn
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
+import ray
 from ray import ObjectRef
-from ray.exceptions import ObjectRefStreamEndOfStreamError, RayTaskError
+from ray.exceptions import (
+    NodeDiedError,
+    ObjectLostError,
+    ObjectRefStreamEndOfStreamError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+    TaskCancelledError,
+    WorkerCrashedError,
+)
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from deployments.director import InputLost, ReplicaLost
 from helios_core.errors import HeliosError
+
+REPLICA_LOST = (
+    *(RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError, TaskCancelledError),  # Ray's
+    *(ReplicaUnavailableError, DeploymentUnavailableError),  # Serve's
+)
 
 
 async def call_by_reference(handle: DeploymentHandle, method: str, *args: Any) -> tuple[ObjectRef, Any]:
     """Calls `method` on some replica and returns (reference to the value, report).
 
     `args` at top level may be references: the replica gets their values. A cancelled caller cancels the call.
-    Raises our own errors (HeliosError) as they were raised in the replica, Ray's for a replica that died.
+    Raises as `errors_told_apart` says.
     """
-    response = handle.options(method_name=method, stream=True, _by_reference=True).remote(*args)
-    try:
-        items = await response._to_object_ref_gen()  # returns when a replica has accepted the call
-        value, report = items._get_next_ref_n(2)  # looks ahead: iterating would fetch the value
+    with errors_told_apart():
+        response = handle.options(method_name=method, stream=True, _by_reference=True).remote(*args)
         try:
-            result = await report
-        except ObjectRefStreamEndOfStreamError:
-            await value  # the stream ended after one item: that item is the replica's error
+            items = await response._to_object_ref_gen()  # returns when a replica has accepted the call
+            value, report = items._get_next_ref_n(2)  # looks ahead: iterating would fetch the value
+            try:
+                result = await report
+            except ObjectRefStreamEndOfStreamError:
+                await value  # the stream ended after one item: that item is the replica's error
+                raise
+            items._consume_next_ref_n(2)
+            return value, result
+        except asyncio.CancelledError:
+            response.cancel()
             raise
-        items._consume_next_ref_n(2)
-        return value, result
-    except asyncio.CancelledError:
-        response.cancel()
-        raise
-    except RayTaskError as error:
-        raise_own(error)
 
 
 async def call(handle: DeploymentHandle, method: str, *args: Any) -> Any:
     """Calls `method` on some replica and returns its value. Cancels and raises as `call_by_reference` does."""
-    response = handle.options(method_name=method, _by_reference=True).remote(*args)
+    with errors_told_apart():
+        response = handle.options(method_name=method, _by_reference=True).remote(*args)
+        try:
+            return await response
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+
+
+async def call_to_its_end(handle: DeploymentHandle, method: str, *args: Any) -> Any:
+    """`call`, but a replica that has begun is never interrupted: a cancelled caller is released when it has ended.
+
+    Ray tells at once that a cancelled call is over, while its replica is still at work (measured): a caller that
+    must know that nothing is written any more has to let it finish.
+    """
+    with errors_told_apart():
+        response = handle.options(method_name=method, _by_reference=True).remote(*args)
+        try:
+            result = await response._to_object_ref()  # returns when a replica has accepted the call
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        ended = asyncio.ensure_future(_value(result))
+        try:
+            return await asyncio.shield(ended)
+        except asyncio.CancelledError:
+            await asyncio.wait([ended])
+            ended.exception()  # nobody is left to hear of it
+            raise
+
+
+async def _value(reference: ObjectRef) -> Any:
+    return await reference
+
+
+def live_replicas(handle: DeploymentHandle) -> int:
+    """How many replicas of a deployment can take calls now, as far as this process has heard."""
+    router = getattr(handle._router, "_asyncio_router", None)
+    requests = getattr(router, "_request_router", None)
+    return 0 if requests is None else len(requests.curr_replicas)
+
+
+def log_folder() -> str:
+    """Where Serve's replicas of this machine log."""
+    return f"{ray._private.worker._global_node.get_logs_dir_path()}/serve"
+
+
+@contextmanager
+def errors_told_apart() -> Iterator[None]:
+    """The one place where it is decided what a failed call means, and so whether it may be made again.
+
+    HeliosError: an error of our own, as it was raised in the replica. Never again.
+    ReplicaLost: the replica died or was taken away; its inputs are sound. Again, with the same.
+    InputLost: a reference among the arguments leads nowhere. Again, with inputs from the store.
+    asyncio.CancelledError: our own caller was cancelled. Anything else is a bug, and leaves as Ray raised it.
+    """
     try:
-        return await response
-    except asyncio.CancelledError:
-        response.cancel()
+        yield
+    except asyncio.CancelledError as error:
+        # Ray reports in the same way that it dropped a call, as when a replica is taken down.
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise ReplicaLost("the call was dropped") from error
+    except REPLICA_LOST as error:
+        raise ReplicaLost(_first_line(error)) from error
+    except ObjectLostError as error:
+        raise InputLost(_first_line(error)) from error
+    except RayTaskError as error:
+        if isinstance(error.cause, HeliosError):
+            raise error.cause from None
         raise
-    except RayTaskError as error:
-        raise_own(error)
+    except RayServeException as error:
+        if isinstance(error.__cause__, (RayTaskError, RayActorError, ObjectLostError)):
+            # Serve could not resolve an argument: the call that should have made it had failed.
+            raise InputLost(_first_line(error)) from error
+        raise
 
 
-async def stream(handle: DeploymentHandle, method: str, *args: Any) -> AsyncGenerator[Any, None]:
-    """The items of a streaming `method`, as they come. Closing the iterator cancels the call; raises as `call` does."""
-    response = handle.options(method_name=method, stream=True, _by_reference=True).remote(*args)
-    try:
-        async for item in response:
-            yield item
-    except RayTaskError as error:
-        raise_own(error)
-    finally:
-        response.cancel()  # without effect once it has ended
-
-
-def raise_own(error: RayTaskError) -> NoReturn:
-    """Raises the error of ours that `error` wraps, or `error` itself if the replica failed in another way."""
-    if isinstance(error.cause, HeliosError):
-        raise error.cause from None
-    raise error
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -27,6 +27,14 @@ class StoredObject(Record):
     sha256: str
 
 
+class Call(Record):
+    """One call to a replica, for spans and logs. `traceparent`: the span that it is a part of; `attempt`: from 0."""
+
+    video_id: str
+    traceparent: str
+    attempt: int = 0
+
+
 class Timings(Record):
     """Seconds of one chunk's life, as the replicas measured them, and when its sampling began (Unix time)."""
 
@@ -71,12 +79,17 @@ class VideoError(Record):
 
 
 class VideoRequestRecord(Record):
-    """What was asked for: videos/{id}/request.json."""
+    """What was asked for: videos/{id}/request.json.
+
+    `traceparent`: the W3C context of the request that asked, on which every span of the video hangs.
+    `while_watched`: the video is made only as long as somebody watches it.
+    """
 
     id: str
     created_at: float  # Unix time
     spec: VideoSpec
-    traceparent: str | None = None
+    traceparent: str
+    while_watched: bool = False
 
 
 class VideoRecord(Record):
@@ -93,4 +106,35 @@ class VideoRecord(Record):
 
     @property
     def ended(self) -> bool:
-        return self.status in ("completed", "failed", "cancelled")
+        return has_ended(self.status)
+
+
+class VideoStatus(Record):
+    """Where a video stands at this moment. `queue_position`: how many videos get a sampler before it; None if it does
+    not wait for one."""
+
+    record: VideoRecord
+    queue_position: int | None = None
+
+
+class News(Record):
+    """What a watcher has not seen yet: the chunks after those that it knows, and how the video stands."""
+
+    status: Status
+    init: StoredObject | None
+    chunks: tuple[ChunkRecord, ...]
+
+    @property
+    def ended(self) -> bool:
+        return has_ended(self.status)
+
+
+class Page(Record):
+    """Some of the videos, in order, and whether there are more after them."""
+
+    videos: tuple[VideoStatus, ...]
+    has_more: bool
+
+
+def has_ended(status: Status) -> bool:
+    return status in ("completed", "failed", "cancelled")

@@ -10,7 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from deployments.config import AppConfig
-from deployments.records import SampleReport
+from deployments.logs import log_with_serve
+from deployments.records import Call, SampleReport, StoredObject
+from deployments.store import Store
+from deployments.tracing import Tracer
 from helios_core.checkpoints import Checkpoint, placement, use_threads
 from helios_core.errors import Cancelled
 from helios_core.spec import VideoSpec
@@ -22,38 +25,69 @@ class Sampler:
     """Holds the transformer's weights, and nothing about a video."""
 
     def __init__(self, config: AppConfig) -> None:
+        log_with_serve()
         use_threads(config.torch_threads)
         device, dtype = placement(config.sampler.device, config.sampler.dtype)
         checkpoint = Checkpoint.open(config.model)
         self._vae_config = checkpoint.vae
         self._sampler = checkpoint.load_sampler(device, dtype)
+        self._min_chunk_seconds = config.sampler.min_chunk_seconds
+        self._store = Store(config.store)
+        self._tracer = Tracer("sampler", config.trace_file)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sampler")
         self._free = asyncio.Lock()
 
     async def sample_chunk(
-        self, spec: VideoSpec, index: int, text: TextEmbeddings, state: StreamState | None
+        self,
+        call: Call,
+        spec: VideoSpec,
+        index: int,
+        text: TextEmbeddings | StoredObject,
+        state: StreamState | StoredObject | None,
     ) -> AsyncIterator[Any]:
         """First the StreamState after chunk `index`, then a SampleReport. `state` None: the start of the video.
 
         Cancelling the call stops the work within one transformer step; the replica is free only after that.
         """
+        steps = spec.steps_of_chunk(index)
         stop = threading.Event()
-
-        def on_step(stage: int) -> None:
-            if stop.is_set():
-                raise Cancelled(f"chunk {index} was stopped in stage {stage}")
-
         async with self._free:
-            started_at, clock = time.time(), time.perf_counter()
-            before = StreamState.start(spec, self._vae_config) if state is None else state
-            steps = spec.steps_of_chunk(index)
-            work = asyncio.get_running_loop().run_in_executor(
-                self._thread, self._sampler.sample, text, before, steps, on_step
-            )
-            try:
-                after = await asyncio.shield(work)  # the thread cannot be cancelled, so its result must not be lost
-            finally:
-                stop.set()
-                await asyncio.wait([work])
+            with self._tracer.span(
+                "sample", call.traceparent, video_id=call.video_id, chunk=index, attempt=call.attempt
+            ) as span:
+                started_at, clock = time.time(), time.perf_counter()
+                done = 0  # steps
+
+                def on_step(stage: int | None) -> None:
+                    """Before each step, with its stage, and after the last."""
+                    nonlocal done
+                    stop.wait(clock + self._min_chunk_seconds * done / sum(steps) - time.perf_counter())
+                    if stop.is_set():
+                        raise Cancelled(f"chunk {index} was stopped before step {done} of {sum(steps)}")
+                    if stage is not None:
+                        span.add_event("step", {"stage": stage, "step": done})
+                        done += 1
+
+                def sample() -> StreamState:
+                    before = StreamState.start(spec, self._vae_config) if start is None else start
+                    after = self._sampler.sample(embeddings, before, steps, on_step)
+                    on_step(None)
+                    return after
+
+                embeddings = await self._fetched(TextEmbeddings, text)
+                start = await self._fetched(StreamState, state)
+                work = asyncio.get_running_loop().run_in_executor(self._thread, sample)
+                try:
+                    after = await asyncio.shield(work)
+                except asyncio.CancelledError:
+                    stop.set()  # the thread itself cannot be cancelled
+                    await asyncio.wait([work])
+                    work.exception()  # Cancelled, as a rule; not to be reported as forgotten
+                    raise
+                seconds = time.perf_counter() - clock
         yield after
-        yield SampleReport(steps=sum(steps), started_at=started_at, seconds=time.perf_counter() - clock)
+        yield SampleReport(steps=sum(steps), started_at=started_at, seconds=seconds)
+
+    async def _fetched(self, kind: Any, value: Any) -> Any:
+        """`value`, or what it was stored as."""
+        return kind.from_bytes(await self._store.read(value.key)) if isinstance(value, StoredObject) else value

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import time
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import pydantic
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from deployments.records import VideoRecord
+from deployments.records import Page, VideoStatus
 from helios_core.config import CHUNK_FRAMES, NATIVE_FPS
 from helios_core.errors import InvalidInput
 from helios_core.spec import Limits, ModelCard, VideoRequest
@@ -39,10 +40,42 @@ def _number_in_text(value: object) -> object:
     return value
 
 
-class CreateVideo(BaseModel):
-    """The body of POST /v1/videos and POST /v1/videos/stream. Descriptions are what an error calls allowed."""
+def _whole_number_in_text(value: object) -> object:
+    """All of a query is text."""
+    return int(value) if isinstance(value, str) and re.fullmatch(r"[0-9]{1,20}", value) else value
+
+
+class Fields(BaseModel):
+    """What a client sends as fields with names. Descriptions are what an error calls allowed."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+    rival_names: ClassVar[Mapping[str, str]] = {}
+
+    @classmethod
+    def parse(cls, fields: Mapping[str, Any]) -> Self:
+        """Raises InvalidInput for the first field that is unknown or of the wrong type."""
+        for name in fields:
+            if name in cls.model_fields:
+                continue
+            instead = cls.rival_names.get(name)
+            allowed = f"no such field; here it is {instead}" if instead else f"one of {', '.join(cls.model_fields)}"
+            # A name may be any text, even what is no valid Unicode; the answer must be.
+            raise InvalidInput(name.encode("utf-8", "backslashreplace").decode()[:80], fields[name], allowed)
+        try:
+            return cls.model_validate(dict(fields))
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            name = str(first["loc"][0])
+            allowed = str(cls.model_fields[name].description)
+            if first["type"] == "missing":
+                raise InvalidInput(name, None, f"{allowed}; the field is required") from None
+            raise InvalidInput(name, first["input"], allowed) from None
+
+
+class CreateVideo(Fields):
+    """The body of POST /v1/videos and POST /v1/videos/stream."""
+
+    rival_names = RIVAL_NAMES
 
     prompt: str = Field(description="text")
     model: str | None = Field(None, description="the id of a model in GET /v1/models")
@@ -53,26 +86,6 @@ class CreateVideo(BaseModel):
     preset: str | None = Field(None, description="the name of a preset in GET /v1/models")
     steps: list[int] | None = Field(None, description="a list of whole numbers, one per stage")
     amplify_first_chunk: bool | None = Field(None, description="true or false")
-
-    @classmethod
-    def parse(cls, body: dict[str, Any]) -> CreateVideo:
-        """Raises InvalidInput for the first field that is unknown or of the wrong type."""
-        for name in body:
-            if name in cls.model_fields:
-                continue
-            instead = RIVAL_NAMES.get(name)
-            allowed = f"no such field; here it is {instead}" if instead else f"one of {', '.join(cls.model_fields)}"
-            # A name may be any text, even what is no valid Unicode; the answer must be.
-            raise InvalidInput(name.encode("utf-8", "backslashreplace").decode()[:80], body[name], allowed)
-        try:
-            return cls.model_validate(body)
-        except pydantic.ValidationError as error:
-            first = error.errors()[0]
-            name = str(first["loc"][0])
-            allowed = str(cls.model_fields[name].description)
-            if first["type"] == "missing":
-                raise InvalidInput(name, None, f"{allowed}; the field is required") from None
-            raise InvalidInput(name, first["input"], allowed) from None
 
     def request(self, limits: Limits) -> VideoRequest:
         return VideoRequest(
@@ -88,9 +101,26 @@ class CreateVideo(BaseModel):
         )
 
 
-def video_object(record: VideoRecord) -> dict[str, Any]:
+class ListVideos(Fields):
+    """The query of GET /v1/videos."""
+
+    limit: Annotated[int, BeforeValidator(_whole_number_in_text)] = Field(
+        20, ge=1, le=100, description="a whole number from 1 to 100"
+    )
+    after: str | None = Field(None, description="the id of a video")
+    order: Literal["asc", "desc"] = Field("desc", description="asc or desc, by the time of creation")
+
+
+class GetContent(Fields):
+    """The query of GET /v1/videos/{id}/content."""
+
+    variant: Literal["video"] = Field("video", description="video")
+    partial: Literal["true", "false"] = Field("false", description="true or false")
+
+
+def video_object(status: VideoStatus) -> dict[str, Any]:
     """The Video object of the OpenAI API, with our extensions."""
-    spec = record.spec
+    record, spec = status.record, status.record.spec
     # In the queue until the first chunk's sampling began, or to this day.
     begun = record.chunks[0].timings.sample_started_at if record.chunks else record.completed_at or time.time()
     return {
@@ -98,6 +128,7 @@ def video_object(record: VideoRecord) -> dict[str, Any]:
         "object": "video",
         "model": spec.model,
         "status": record.status,
+        "queue_position": status.queue_position,
         "progress": 100 * len(record.chunks) // spec.chunks,
         "created_at": int(record.created_at),
         "completed_at": None if record.completed_at is None else int(record.completed_at),
@@ -118,6 +149,18 @@ def video_object(record: VideoRecord) -> dict[str, Any]:
             "sampler_seconds": sum(chunk.timings.sample_seconds for chunk in record.chunks),
             "queue_seconds": max(0.0, begun - record.created_at),
         },
+    }
+
+
+def page_object(page: Page) -> dict[str, Any]:
+    """The answer of GET /v1/videos."""
+    data = [video_object(status) for status in page.videos]
+    return {
+        "object": "list",
+        "data": data,
+        "first_id": data[0]["id"] if data else None,
+        "last_id": data[-1]["id"] if data else None,
+        "has_more": page.has_more,
     }
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import ray
 from ray import serve
+from ray.serve.schema import LoggingConfig
 
 from deployments.app import build_app
 from deployments.config import AppConfig
@@ -40,6 +41,7 @@ def run_service(config: AppConfig) -> Iterator[str]:
         try:
             if address == "local":
                 _check_port(config.host, config.port)
+                os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = str(int(config.haproxy))  # read by each of Serve's processes
                 ray.init(
                     address,
                     include_dashboard=False,
@@ -52,7 +54,8 @@ def run_service(config: AppConfig) -> Iterator[str]:
                 ray.init(address, logging_level=logging.WARNING, log_to_driver=False)
             logging.getLogger("ray.serve").setLevel(logging.WARNING)
             serve.start(http_options={"host": config.host, "port": config.port})
-            serve.run(graph, name=APP_NAME, route_prefix="/")
+            logs = LoggingConfig(encoding="JSON", enable_access_log=False)
+            serve.run(graph, name=APP_NAME, route_prefix="/", logging_config=logs)
         except (RuntimeError, ConnectionError, ValueError) as error:
             ray.shutdown()
             raise StartFailed(str(error)) from error

@@ -22,10 +22,10 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
-import functools
 import hashlib
 import re
 import secrets
+import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -214,6 +214,34 @@ class Store:
         old = [name for name in names if (match := STATE.fullmatch(name)) and int(match[1]) < last]
         await self._delete([f"{states}/{name}" for name in old])
 
+    async def sweep(self, record: VideoRecord, term: int) -> None:
+        """Remove the fragments and states of an ended video that `record`, its last commit, does not need.
+
+        Does nothing if a newer term was claimed: its Director decides.
+        """
+        if await self.newest_term() != term:
+            return
+        needed = {chunk.fragment.key for chunk in record.chunks} | {chunk.state.key for chunk in record.chunks[-1:]}
+        folders = [f"videos/{_checked(record.id)}/{kind}" for kind in ("chunks", "states")]
+        keys = [f"{folder}/{name}" for folder in folders for name in await self._names(folder)]
+        await self._delete([key for key in keys if key not in needed])
+
+    async def delete(self, video_id: str) -> None:
+        """Remove a video that nobody writes any more, and every trace of it.
+
+        The request goes first and the active marker, set for the purpose, last: an active video without a request is a
+        deletion that was interrupted, to be called again.
+        """
+        await self._put(f"active/{_checked(video_id)}", b"")
+        await self._delete([f"videos/{video_id}/request.json"])
+        with self._errors():
+            listing = await self._run(_list_all, f"videos/{video_id}/")
+        await self._delete(listing)
+        if self.folder is not None:
+            # Empty folders, and what a killed writer left half written. obstore's own cleaning up races with puts.
+            await asyncio.to_thread(shutil.rmtree, self.folder / "videos" / video_id, ignore_errors=True)
+        await self.end(video_id)
+
     async def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
         """The bytes [start, end) of an object, to its end for None; start < end, and start below its length.
 
@@ -246,9 +274,17 @@ class Store:
         return [PurePosixPath(item["path"]).name for item in listing["objects"]]
 
     async def _run(self, operation: Callable[..., R], *args: object, **options: object) -> R:
-        """One of obstore's blocking operations. Cancelling the wait does not stop it: a put may still arrive."""
-        call = functools.partial(operation, self._objects, *args, **options)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+        """One of obstore's blocking operations. One that has begun is waited for, also by a caller who is cancelled: a
+        put that arrived after the next one would undo it."""
+        call = self._threads.submit(operation, self._objects, *args, **options)
+        done = asyncio.wrap_future(call)
+        try:
+            return await asyncio.shield(done)
+        except asyncio.CancelledError:
+            if not call.cancel():
+                await asyncio.wait([done])
+                done.exception()  # nobody is left to hear of it
+            raise
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -259,6 +295,10 @@ class Store:
         except (BaseError, OSError) as error:
             reason = str(error).partition("\n")[0]  # the rest is Rust's debug form of the same
             raise StoreUnavailable(f"{self.url}: {reason}") from error
+
+
+def _list_all(objects: Any, prefix: str) -> list[str]:
+    return [item["path"] for part in obstore.list(objects, prefix) for item in part]
 
 
 def _fetch(objects: Any, key: str, span: object) -> bytes:

@@ -7,7 +7,10 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from deployments.config import AppConfig
+from deployments.logs import log_with_serve, shown
+from deployments.records import Call
 from deployments.store import Store
+from deployments.tracing import Tracer
 from helios_core.checkpoints import Checkpoint, placement, use_threads
 
 
@@ -15,14 +18,21 @@ class TextEncoder:
     """Holds UMT5's weights, and nothing about a video."""
 
     def __init__(self, config: AppConfig) -> None:
+        log_with_serve()
         use_threads(config.torch_threads)
         device, dtype = placement(config.text_encoder.device, config.text_encoder.dtype)
         self._encoder = Checkpoint.open(config.model).load_text_encoder(device, dtype)
         self._store = Store(config.store)
+        self._tracer = Tracer("text_encoder", config.trace_file)
+        self._log_prompts = config.log_prompts
 
-    async def encode(self, video_id: str, prompt: str) -> AsyncIterator[Any]:
-        """First the prompt's TextEmbeddings, then their digest. They are stored with the video."""
-        text = await asyncio.to_thread(self._encoder.encode, prompt)
-        await self._store.put_text(video_id, text.digest, text.to_bytes())
+    async def encode(self, call: Call, prompt: str) -> AsyncIterator[Any]:
+        """First the prompt's TextEmbeddings, then the StoredObject that they are stored as, with the video."""
+        prompt_shown = shown(prompt, self._log_prompts)
+        with self._tracer.span(
+            "encode prompt", call.traceparent, video_id=call.video_id, attempt=call.attempt, prompt=prompt_shown
+        ):
+            text = await asyncio.to_thread(self._encoder.encode, prompt)
+            stored = await self._store.put_text(call.video_id, text.digest, text.to_bytes())
         yield text
-        yield text.digest
+        yield stored

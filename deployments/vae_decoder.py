@@ -6,9 +6,13 @@ import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+from opentelemetry.trace import Span
+
 from deployments.config import AppConfig
-from deployments.records import ChunkRecord, Rendered, SampleReport, Timings
+from deployments.logs import log_with_serve
+from deployments.records import Call, ChunkRecord, Rendered, SampleReport, Timings
 from deployments.store import Store
+from deployments.tracing import Tracer, traceparent
 from helios_core.checkpoints import Checkpoint, placement, use_threads
 from helios_core.media.fragments import Fragment, encode_fragment
 from helios_core.spec import VideoSpec
@@ -20,28 +24,35 @@ class VaeDecoder:
     """Holds the VAE's weights, and nothing about a video."""
 
     def __init__(self, config: AppConfig) -> None:
+        log_with_serve()
         use_threads(config.torch_threads)
         device, _ = placement(config.vae_decoder.device)
         self._vae = Checkpoint.open(config.model).load_vae(device)
         self._store = Store(config.store)
+        self._tracer = Tracer("vae_decoder", config.trace_file)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="vae")
 
     async def render_chunk(
-        self, video_id: str, spec: VideoSpec, term: int, state: StreamState, sampled: SampleReport
+        self, call: Call, spec: VideoSpec, term: int, state: StreamState, sampled: SampleReport
     ) -> Rendered:
         """Decodes the chunk that `state` ends with, encodes it, and stores fragment and state under `term`.
 
         Repeatable: the same arguments store the same bytes under the same keys.
         """
-        index = state.chunk_index - 1
-        fragment, decode_seconds, encode_seconds = await asyncio.get_running_loop().run_in_executor(
-            self._thread, self._render, spec, state
-        )
-        clock = time.perf_counter()
-        # The fragment first: a stored state k then implies fragments 0 to k-1.
-        stored_init = await self._store.put_init(video_id, fragment.init)
-        stored_fragment = await self._store.put_fragment(video_id, index, term, fragment.data)
-        stored_state = await self._store.put_state(video_id, state.chunk_index, term, state.to_bytes())
+        index, video_id = state.chunk_index - 1, call.video_id
+        with self._tracer.span(
+            "render", call.traceparent, video_id=video_id, chunk=index, attempt=call.attempt
+        ) as render:
+            fragment, decode_seconds, encode_seconds = await asyncio.get_running_loop().run_in_executor(
+                self._thread, self._render, spec, state, render
+            )
+            clock = time.perf_counter()
+            with self._tracer.span("store", traceparent(render)):
+                # The fragment first: a stored state k then implies fragments 0 to k-1.
+                stored_init = await self._store.put_init(video_id, fragment.init)
+                stored_fragment = await self._store.put_fragment(video_id, index, term, fragment.data)
+                stored_state = await self._store.put_state(video_id, state.chunk_index, term, state.to_bytes())
+            store_seconds = time.perf_counter() - clock
         chunk = ChunkRecord(
             index=index,
             frames=fragment.frames,
@@ -53,18 +64,20 @@ class VaeDecoder:
                 sample_seconds=sampled.seconds,
                 decode_seconds=decode_seconds,
                 encode_seconds=encode_seconds,
-                store_seconds=time.perf_counter() - clock,
+                store_seconds=store_seconds,
             ),
         )
         return Rendered(init=stored_init, chunk=chunk)
 
-    def _render(self, spec: VideoSpec, state: StreamState) -> tuple[Fragment, float, float]:
+    def _render(self, spec: VideoSpec, state: StreamState, render: Span) -> tuple[Fragment, float, float]:
         """The chunk as a fragment, and the seconds that decoding and encoding took."""
         begin = time.perf_counter()
         index = state.chunk_index - 1
-        frames = decode_chunk(self._vae, state.latents)[: spec.frames_of_chunk(index)].cpu().numpy()
+        with self._tracer.span("decode", traceparent(render)):
+            frames = decode_chunk(self._vae, state.latents)[: spec.frames_of_chunk(index)].cpu().numpy()
         decoded = time.perf_counter()
-        fragment = encode_fragment(
-            frames, chunk_index=index, first_frame=spec.first_frame_of_chunk(index), fps=spec.fps
-        )
+        with self._tracer.span("encode", traceparent(render)):
+            fragment = encode_fragment(
+                frames, chunk_index=index, first_frame=spec.first_frame_of_chunk(index), fps=spec.fps
+            )
         return fragment, decoded - begin, time.perf_counter() - decoded

@@ -39,6 +39,11 @@ class TextEmbeddings:
         """As a safetensors file."""
         return safetensors.torch.save({"rows": self.rows})
 
+    @classmethod
+    def from_bytes(cls, data: bytes) -> TextEmbeddings:
+        """Raises safetensors.SafetensorError or KeyError for bytes that `to_bytes` did not write."""
+        return cls.of(safetensors.torch.load(data)["rows"])
+
     def padded(self) -> Tensor:
         """[1, 512, text_dim]: the rows, then zeros. Zero rows are not masked: cross-attention sees them."""
         padded = self.rows.new_zeros(1, TEXT_TOKENS, self.rows.shape[1])

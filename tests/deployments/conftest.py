@@ -1,37 +1,63 @@
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
 from deployments.config import AppConfig
 from deployments.director import Director
 from deployments.ingress import http_app
 from deployments.store import Store
+from deployments.tracing import Tracer
 from helios_core.checkpoints import Checkpoint
-from tests.deployments.local import LocalGraph
+from tests.deployments.test_director import GatedGraph
+
+
+class ReadStore(Store):
+    """A Store that keeps in `reads` what was read of it, in order: key, first byte, byte after the last."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.reads: list[tuple[str, int, int | None]] = []
+
+    async def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
+        self.reads.append((key, start, end))
+        return await super().read(key, start, end)
 
 
 @dataclass
 class LocalService:
-    graph: LocalGraph
-    store: Store
+    graph: GatedGraph
+    store: ReadStore
     director: Director
+    app: FastAPI
     http: httpx.AsyncClient
+    trace_file: Path
+
+    def spans(self) -> list[dict[str, Any]]:
+        """The ingress's spans that have ended."""
+        return [json.loads(line) for line in self.trace_file.read_text().splitlines()]
 
 
 @pytest.fixture
 async def service(tmp_path: Path) -> AsyncIterator[LocalService]:
     """Director, store, replicas and HTTP in this process, on the demo checkpoint."""
     config = AppConfig(store=str(tmp_path / "store"))
-    store = Store(config.store)
-    graph = LocalGraph(config)
-    director = await Director.start(graph, store)
-    app = http_app(config, Checkpoint.open(config.model).card, director, store)
+    store = ReadStore(config.store)
+    graph = GatedGraph(config)
+    director = await Director.start(graph, store, Tracer("director"))
+    trace_file = tmp_path / "spans"
+    tracer = Tracer("ingress", str(trace_file))
+    app = http_app(config, Checkpoint.open(config.model).card, director, store, tracer)
     # Errors must become answers: a server that raised would fail the test here.
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://helios") as client:
-        yield LocalService(graph, store, director, client)
+        yield LocalService(graph, store, director, app, client, trace_file)
+    await director.stop()
+    tracer.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from deployments.config import AppConfig
-from deployments.records import Rendered, SampleReport
+from deployments.records import Call, Rendered, SampleReport, StoredObject
 from deployments.sampler import Sampler
 from deployments.text_encoder import TextEncoder
 from deployments.vae_decoder import VaeDecoder
@@ -19,17 +19,20 @@ class LocalGraph:
         self.text_encoder, self.sampler, self.vae_decoder = TextEncoder(config), Sampler(config), VaeDecoder(config)
         self.log: list[str] = []
 
-    async def encode(self, video_id: str, prompt: str) -> Any:
-        text, _digest = [item async for item in self.text_encoder.encode(video_id, prompt)]
-        return text
+    def samplers(self) -> int:
+        return 1
 
-    async def sample(self, spec: VideoSpec, index: int, text: Any, state: Any) -> tuple[Any, SampleReport]:
+    async def encode(self, call: Call, prompt: str) -> tuple[Any, StoredObject]:
+        text, stored = [item async for item in self.text_encoder.encode(call, prompt)]
+        return text, stored
+
+    async def sample(self, call: Call, spec: VideoSpec, index: int, text: Any, state: Any) -> tuple[Any, SampleReport]:
         self.log.append(f"sample {index}")
-        after, report = [item async for item in self.sampler.sample_chunk(spec, index, text, state)]
+        after, report = [item async for item in self.sampler.sample_chunk(call, spec, index, text, state)]
         self.log.append(f"sampled {index}")
         return after, report
 
-    async def render(self, video_id: str, spec: VideoSpec, term: int, state: Any, sampled: SampleReport) -> Rendered:
-        rendered = await self.vae_decoder.render_chunk(video_id, spec, term, state, sampled)
+    async def render(self, call: Call, spec: VideoSpec, term: int, state: Any, sampled: SampleReport) -> Rendered:
+        rendered = await self.vae_decoder.render_chunk(call, spec, term, state, sampled)
         self.log.append(f"rendered {rendered.chunk.index}")
         return rendered

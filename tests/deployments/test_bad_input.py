@@ -10,6 +10,7 @@ import pytest
 from tests.deployments.conftest import LocalService
 
 JSON = {"content-type": "application/json"}
+UNKNOWN = "video_" + "0" * 32
 
 # name ▸ (fields beside the prompt, field named in the answer, words that the message must hold)
 UNPROCESSABLE: dict[str, tuple[dict[str, Any], str, list[str]]] = {
@@ -97,14 +98,55 @@ async def test_broken_bodies(
     assert await service.store.video_ids() == []
 
 
-@pytest.mark.parametrize("suffix", ["", "/content"])
+@pytest.mark.parametrize(("method", "suffix"), [("GET", ""), ("GET", "/content"), ("POST", "/cancel"), ("DELETE", "")])
 @pytest.mark.parametrize(
     "video_id",
-    ["video_" + "0" * 32, "video_x", "..%2f..%2fetc%2fpasswd", "%00", "video_" + "A" * 32, "v" * 10_000, "%ff"],
+    [UNKNOWN, "video_x", "..%2f..%2fetc%2fpasswd", "%00", "video_" + "A" * 32, "v" * 10_000, "%ff"],
 )
-async def test_unknown_videos(service: LocalService, video_id: str, suffix: str) -> None:
-    answer = await service.http.get(f"/v1/videos/{video_id}{suffix}")
+async def test_unknown_videos(service: LocalService, method: str, video_id: str, suffix: str) -> None:
+    answer = await service.http.request(method, f"/v1/videos/{video_id}{suffix}")
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
+
+
+# query ▸ (parameter named in the answer, words that the message must hold)
+PAGE = "/v1/videos"
+CONTENT = f"/v1/videos/{UNKNOWN}/content"
+QUERIES: dict[str, tuple[str, list[str]]] = {
+    f"{PAGE}?limit=0": ("limit", ["0", "1 to 100"]),
+    f"{PAGE}?limit=101": ("limit", ["101", "1 to 100"]),
+    f"{PAGE}?limit=-1": ("limit", ["-1", "1 to 100"]),
+    f"{PAGE}?limit=1.0": ("limit", ["1.0", "whole number"]),
+    f"{PAGE}?limit=": ("limit", ["whole number"]),
+    f"{PAGE}?limit=ten": ("limit", ["ten", "whole number"]),
+    f"{PAGE}?limit={'9' * 5000}": ("limit", ["999", "1 to 100"]),
+    f"{PAGE}?limit=%D9%A3": ("limit", ["\u0663", "whole number"]),  # 3 in other digits
+    f"{PAGE}?limit=1&limit=x": ("limit", ["x"]),
+    f"{PAGE}?order=newest": ("order", ["newest", "asc", "desc"]),
+    f"{PAGE}?order=": ("order", ["asc", "desc"]),
+    f"{PAGE}?after={UNKNOWN}": ("after", [UNKNOWN, "id of a video"]),
+    f"{PAGE}?after=../../etc": ("after", ["../../etc", "id of a video"]),
+    f"{PAGE}?after=": ("after", ["id of a video"]),
+    f"{PAGE}?after=%00%ff": ("after", ["id of a video"]),
+    f"{PAGE}?before=1": ("before", ["1", "limit", "after", "order"]),
+    f"{CONTENT}?variant=thumbnail": ("variant", ["thumbnail", "video"]),
+    f"{CONTENT}?variant=": ("variant", ["video"]),
+    f"{CONTENT}?partial=1": ("partial", ["1", "true or false"]),
+    f"{CONTENT}?partial=True": ("partial", ["True", "true or false"]),
+    f"{CONTENT}?partial": ("partial", ["true or false"]),
+    f"{CONTENT}?pad=1": ("pad", ["1", "variant", "partial"]),
+    f"{CONTENT}?%ff=%ff": ("\ufffd", ["variant", "partial"]),
+    f"{CONTENT}?{'n' * 5000}=1": ("n" * 80, ["variant", "partial"]),
+}
+
+
+@pytest.mark.parametrize("url", QUERIES)
+async def test_bad_queries(service: LocalService, url: str) -> None:
+    param, words = QUERIES[url]
+    answer = await service.http.get(url)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"], error["code"]) == (422, param, "invalid_input")
+    assert all(word in error["message"] for word in words), error["message"]
+    assert len(error["message"]) < 1000
 
 
 @pytest.mark.parametrize(("method", "path", "status"), [("GET", "/v2", 404), ("PUT", "/v1/videos", 405)])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,26 @@ from typing import Any
 import pytest
 
 from deployments.config import AppConfig
-from deployments.director import Director, NoSuchVideo
-from deployments.records import ChunkRecord, Rendered, SampleReport, VideoError, VideoRecord, VideoRequestRecord
+from deployments.director import Director, InputLost, NoSuchVideo, ReplicaLost
+from deployments.records import (
+    Call,
+    ChunkRecord,
+    Rendered,
+    SampleReport,
+    StoredObject,
+    VideoError,
+    VideoRecord,
+    VideoRequestRecord,
+)
 from deployments.store import Store, StoreUnavailable, new_video_id
+from deployments.tracing import Tracer
 from helios_core.config import CHUNK_FRAMES
 from helios_core.errors import HeliosError, InvalidInput, MediaError
 from helios_core.spec import VideoSpec
 from tests.deployments.local import LocalGraph
 
 PROMPT = "a red sun over a blue sea"
+TRACEPARENT = f"00-{'1' * 32}-{'2' * 16}-01"
 
 Event = ChunkRecord | VideoRecord
 
@@ -48,23 +60,27 @@ class GatedGraph(LocalGraph):
         super().__init__(config)
         self.gates: dict[tuple[str, str], Gate] = {}
         self.errors: dict[tuple[str, str], BaseException] = {}
+        self.losses: dict[tuple[str, str], list[Exception]] = {}  # raised one after the other
+
+    def samplers(self) -> int:
+        return 99  # a video held at a gate shall hold no other
 
     def gate(self, point: str, prompt: str = PROMPT) -> Gate:
         return self.gates.setdefault((prompt, point), Gate())
 
-    async def encode(self, video_id: str, prompt: str) -> Any:
+    async def encode(self, call: Call, prompt: str) -> tuple[Any, StoredObject]:
         await self._pass("encode", prompt)
-        return await super().encode(video_id, prompt)
+        return await super().encode(call, prompt)
 
-    async def sample(self, spec: VideoSpec, index: int, text: Any, state: Any) -> tuple[Any, SampleReport]:
+    async def sample(self, call: Call, spec: VideoSpec, index: int, text: Any, state: Any) -> tuple[Any, SampleReport]:
         await self._pass(f"sample {index}", spec.prompt)
-        sampled = await super().sample(spec, index, text, state)
+        sampled = await super().sample(call, spec, index, text, state)
         await self._pass(f"sampled {index}", spec.prompt)
         return sampled
 
-    async def render(self, video_id: str, spec: VideoSpec, term: int, state: Any, sampled: SampleReport) -> Rendered:
+    async def render(self, call: Call, spec: VideoSpec, term: int, state: Any, sampled: SampleReport) -> Rendered:
         await self._pass(f"render {state.chunk_index - 1}", spec.prompt)
-        return await super().render(video_id, spec, term, state, sampled)
+        return await super().render(call, spec, term, state, sampled)
 
     async def _pass(self, point: str, prompt: str) -> None:
         if gate := self.gates.get((prompt, point)):
@@ -72,6 +88,8 @@ class GatedGraph(LocalGraph):
             await gate.opened.wait()
         if error := self.errors.get((prompt, point)):
             raise error
+        if losses := self.losses.get((prompt, point)):
+            raise losses.pop()
 
 
 class LoggedStore(Store):
@@ -104,20 +122,33 @@ class Rig:
         self.director: Director
 
     async def start(self) -> Rig:
-        self.director = await Director.start(self.graph, self.store)
+        self.director = await Director.start(self.graph, self.store, Tracer("director"))
         return self
 
     async def create(self, chunks: int = 3, prompt: str = PROMPT) -> str:
-        return (await self.director.create(request(chunks, prompt))).id
+        return (await self.director.create(request(chunks, prompt))).record.id
+
+    async def get(self, video_id: str) -> VideoRecord:
+        return (await self.director.get(video_id)).record
+
+    async def watch(self, video_id: str, from_chunk: int = 0) -> AsyncGenerator[Event, None]:
+        """Each chunk from `from_chunk` on as it is committed, and the record of the ended video."""
+        while not (news := await self.director.news(video_id, from_chunk)).ended:
+            for chunk in news.chunks:
+                yield chunk
+            from_chunk += len(news.chunks)
+        for chunk in news.chunks:
+            yield chunk
+        yield await self.get(video_id)
 
     async def watched(self, video_id: str, from_chunk: int = 0) -> list[Event]:
-        return [event async for event in self.director.watch(video_id, from_chunk)]
+        return [event async for event in self.watch(video_id, from_chunk)]
 
     async def ended(self, video_id: str) -> VideoRecord:
         """The record that ends the watch, which is also the stored one."""
         *_, record = await self.watched(video_id)
         assert isinstance(record, VideoRecord)
-        assert record == await self.store.record(video_id) == await self.director.get(video_id)
+        assert record == await self.store.record(video_id) == await self.get(video_id)
         assert video_id not in await self.store.active()
         return record
 
@@ -139,7 +170,7 @@ def request(chunks: int = 3, prompt: str = PROMPT) -> VideoRequestRecord:
         steps=(1, 1, 1),
         amplify_first_chunk=False,
     )
-    return VideoRequestRecord(id=new_video_id(1.0), created_at=1.0, spec=spec)
+    return VideoRequestRecord(id=new_video_id(1.0), created_at=1.0, spec=spec, traceparent=TRACEPARENT)
 
 
 # The overlap of sampling and rendering
@@ -165,7 +196,7 @@ async def test_sampling_runs_ahead_of_rendering_by_one_chunk(rig: Rig) -> None:
 async def test_a_chunk_arrives_when_it_is_committed_and_before_the_next_is_sampled(rig: Rig) -> None:
     rig.graph.gate("sample 1")
     video_id = await rig.create()
-    async with aclosing(rig.director.watch(video_id)) as events:
+    async with aclosing(rig.watch(video_id)) as events:
         first = await anext(events)
         rig.graph.log.append("arrived")
     assert rig.graph.log == ["sample 0", "sampled 0", "rendered 0", "committed 0", "arrived"]
@@ -179,15 +210,15 @@ async def test_a_chunk_arrives_when_it_is_committed_and_before_the_next_is_sampl
 async def test_status_goes_from_queued_to_completed(rig: Rig) -> None:
     encode, sample = rig.graph.gate("encode"), rig.graph.gate("sample 0")
     asked = request()
-    created = await rig.director.create(asked)
+    created = (await rig.director.create(asked)).record
     assert created == VideoRecord(id=asked.id, created_at=asked.created_at, spec=asked.spec, status="queued")
     await encode.reached.wait()
-    assert await rig.director.get(asked.id) == created
+    assert await rig.get(asked.id) == created
     assert (await rig.store.request(asked.id), await rig.store.active()) == (asked, [asked.id])
 
     encode.open()
     await sample.reached.wait()
-    started = await rig.director.get(asked.id)
+    started = await rig.get(asked.id)
     assert (started.status, started.chunks, started.completed_at) == ("in_progress", (), None)
 
     sample.open()
@@ -203,7 +234,6 @@ async def test_unknown_ids_are_refused(rig: Rig, call: str) -> None:
     unknown = new_video_id(2.0)
     with pytest.raises(NoSuchVideo, match=f"^no video has the id '{unknown}'$"):
         await (rig.director.get(unknown) if call == "get" else rig.watched(unknown))
-    rig.director.cancel(unknown)  # nothing to stop, nothing to say
 
 
 # Watchers
@@ -214,7 +244,7 @@ async def test_all_watchers_get_every_chunk_once_and_the_record_last(rig: Rig) -
     video_id = await rig.create(chunks=4)
     early = [asyncio.create_task(rig.watched(video_id, k)) for k in (0, 0, 1, 3, 9)]
     await halfway.reached.wait()  # chunk 0 is committed, chunk 2 is not even sampled
-    late = rig.director.watch(video_id)
+    late = rig.watch(video_id)
     late_events = [await anext(late)]
     halfway.open()
     late_events += [event async for event in late]
@@ -234,7 +264,7 @@ async def test_a_watcher_who_leaves_changes_nothing_for_another(rig: Rig) -> Non
     video_id = await rig.create()
     stays = asyncio.create_task(rig.watched(video_id))
     waits = asyncio.create_task(rig.watched(video_id))
-    async with aclosing(rig.director.watch(video_id)) as events:
+    async with aclosing(rig.watch(video_id)) as events:
         await anext(events)
     waits.cancel()  # it waits for chunk 1
     gate.open()
@@ -244,24 +274,45 @@ async def test_a_watcher_who_leaves_changes_nothing_for_another(rig: Rig) -> Non
     assert waits.cancelled()
 
 
-async def test_create_and_watch_begins_with_the_accepted_video(rig: Rig) -> None:
-    asked = request()
-    created, *events = [event async for event in rig.director.create_and_watch(asked)]
-    record = await rig.ended(asked.id)
-    assert created == VideoRecord(id=asked.id, created_at=asked.created_at, spec=asked.spec, status="queued")
-    assert (record.status, events) == ("completed", [*record.chunks, record])
+async def test_news_come_at_once_or_not_at_all(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deployments.director.NEWS_S", 0.01)
+    gate = rig.graph.gate("sample 1")
+    video_id = await rig.create()
+    await gate.reached.wait()
+    nothing = await rig.director.news(video_id, 1)
+    assert (nothing.status, nothing.chunks) == ("in_progress", ())
+    gate.open()
+    record = await rig.ended(video_id)
+    news = await rig.director.news(video_id, 1)
+    assert (news.status, news.init, news.chunks) == ("completed", record.init, record.chunks[1:])
 
 
-@pytest.mark.parametrize("items", [1, 2])
-async def test_leaving_create_and_watch_cancels_the_video(rig: Rig, items: int) -> None:
-    """After the first item nothing of the video has run yet; after the second its first chunk is committed."""
-    rig.graph.gate("sample 1")
-    asked = request()
-    async with aclosing(rig.director.create_and_watch(asked)) as events:
-        for _ in range(items):
-            await anext(events)
+async def test_a_video_made_for_its_watchers_ends_when_none_comes(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deployments.director.UNWATCHED_S", 0.0)
+    rig.graph.gate("sample 0")
+    asked = request().model_copy(update={"while_watched": True})
+    await rig.director.create(asked)
+    await asyncio.wait([rig.director._running[asked.id].task])
+    assert (await rig.ended(asked.id)).status == "cancelled"
+
+
+async def test_a_video_made_for_its_watchers_ends_after_the_last_one(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = rig.graph.gate("sample 1")
+    asked = request().model_copy(update={"while_watched": True})
+    await rig.director.create(asked)
+    monkeypatch.setattr("deployments.director.UNWATCHED_S", 0.0)
+    watching = [asyncio.ensure_future(rig.watched(asked.id)) for _ in range(2)]
+    await asyncio.gather(gate.reached.wait(), rig.director.news(asked.id, 0))
+    watching[0].cancel()
+    await asyncio.wait(watching[:1])
+    video = rig.director._running[asked.id]
+    assert video.unwatched is not None and video.watchers == 1
+    rig.director._cancel_unwatched(video)  # as the clock would, a while after the first one left
+    assert not video.task.cancelling()
+    watching[1].cancel()
+    await asyncio.wait([*watching, video.task])
     record = await rig.ended(asked.id)
-    assert (record.status, len(record.chunks)) == ("cancelled", items - 1)
+    assert (record.status, len(record.chunks)) == ("cancelled", 1)
 
 
 # Failures
@@ -324,6 +375,74 @@ async def test_a_lost_store_ends_the_watch_and_leaves_the_video_to_the_next_dire
     assert list(closed.chunks) == chunks
 
 
+# Retries
+
+POINTS = ["encode", "sample 0", "sampled 0", "sample 2", "sampled 2", "render 0", "render 2"]
+
+
+def fragments(record: VideoRecord) -> list[str]:
+    assert record.init is not None
+    return [record.init.sha256, *(chunk.fragment.sha256 for chunk in record.chunks)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    async def run() -> list[str]:
+        rig = await Rig(tmp_path_factory.mktemp("store")).start()
+        return fragments(await rig.ended(await rig.create()))
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("loss", [ReplicaLost, InputLost])
+@pytest.mark.parametrize("times", [1, 3])
+async def test_what_is_lost_costs_no_frame(
+    rig: Rig, undisturbed: list[str], point: str, loss: type[Exception], times: int
+) -> None:
+    rig.graph.losses[PROMPT, point] = [loss("gone") for _ in range(times)]
+    record = await rig.ended(await rig.create())
+    assert (record.status, fragments(record)) == ("completed", undisturbed)
+    assert rig.graph.losses[PROMPT, point] == []
+    part = {"e": "text_encoder", "s": "sampler", "r": "vae_decoder"}[point[0]]
+    reason = "replica_lost" if loss is ReplicaLost else "input_lost"
+    assert f'helios_retries_total{{part="{part}",reason="{reason}"}} {float(times)}'.encode() in (
+        await rig.director.metrics()
+    )
+
+
+@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("loss", [ReplicaLost, InputLost])
+async def test_a_chunk_is_not_tried_for_ever(rig: Rig, point: str, loss: type[Exception]) -> None:
+    rig.graph.losses[PROMPT, point] = [loss("gone") for _ in range(9)]
+    record = await rig.ended(await rig.create())
+    assert record.status == "failed" and record.error is not None
+    assert record.error.code == "chunk_lost" and "lost 4 times" in record.error.message
+    assert len(rig.graph.losses[PROMPT, point]) == 5  # one call and three retries
+    assert (await rig.ended(await rig.create(prompt="another"))).status == "completed"
+
+
+async def test_a_lost_replica_is_called_with_the_same_state_and_a_lost_input_comes_from_the_store(rig: Rig) -> None:
+    given: list[tuple[int, int, str]] = []
+    sample = rig.graph.sample
+
+    async def watched(call: Call, spec: VideoSpec, index: int, text: Any, state: Any) -> Any:
+        given.append((index, call.attempt, type(state).__name__))
+        return await sample(call, spec, index, text, state)
+
+    rig.graph.sample = watched  # type: ignore[method-assign]
+    rig.graph.losses[PROMPT, "sampled 1"] = [ReplicaLost("killed")]
+    rig.graph.losses[PROMPT, "sample 2"] = [InputLost("gone")]
+    record = await rig.ended(await rig.create(chunks=4))
+    assert record.status == "completed"
+    assert given[:4] == [
+        (0, 0, "NoneType"), (1, 0, "StreamState"), (1, 1, "StreamState"), (2, 0, "StreamState"),
+    ]  # fmt: skip
+    again = given[4:]
+    assert again[0][0] in (1, 2) and again[0][2] == "StoredObject", "it goes on after what was committed"
+    assert [index for index, _, _ in again] == list(range(again[0][0], 4))
+
+
 # Cancelling
 
 
@@ -332,9 +451,9 @@ async def test_a_cancelled_video_keeps_what_was_committed(rig: Rig, point: str, 
     under_way = rig.graph.gate(point).open()  # the call itself is under way when the test goes on
     video_id = await rig.create()
     await under_way.reached.wait()
-    rig.director.cancel(video_id)
-    rig.director.cancel(video_id)
+    twice = await asyncio.gather(rig.director.cancel(video_id), rig.director.cancel(video_id))
     record = await rig.ended(video_id)
+    assert [status.record for status in twice] == [record, record]
     assert (record.status, record.error, len(record.chunks)) == ("cancelled", None, committed)
     assert await rig.watched(video_id) == [*record.chunks, record]
     for chunk in record.chunks:
@@ -346,15 +465,16 @@ async def test_cancelling_comes_too_late_once_the_end_is_being_written(rig: Rig)
     rig.store.end_gate = Gate()
     video_id = await rig.create(chunks=1)
     await rig.store.end_gate.reached.wait()
-    rig.director.cancel(video_id)
+    cancelling = asyncio.ensure_future(rig.director.cancel(video_id))
+    await asyncio.sleep(0)  # it asks
     rig.store.end_gate.open()
-    assert (await rig.ended(video_id)).status == "completed"
+    assert (await cancelling).record.status == (await rig.ended(video_id)).status == "completed"
 
 
 async def test_cancelling_an_ended_video_does_nothing(rig: Rig) -> None:
     video_id = await rig.create(chunks=1)
     record = await rig.ended(video_id)
-    rig.director.cancel(video_id)
+    assert (await rig.director.cancel(video_id)).record == record
     assert record.status == "completed"
     assert await rig.ended(video_id) == record
 
@@ -392,7 +512,7 @@ async def test_a_starting_director_closes_what_another_left_unfinished(rig: Rig)
     await gate.reached.wait()
     done = await rig.create(chunks=1, prompt="a short one")
     completed = await rig.ended(done)
-    left = await rig.director.get(begun)
+    left = await rig.get(begun)
 
     second = await Rig(rig.folder).start()
     error = VideoError(code="interrupted", message="the service stopped while this video was being made")
@@ -404,10 +524,10 @@ async def test_a_starting_director_closes_what_another_left_unfinished(rig: Rig)
     assert await second.ended(done) == completed
 
     # The first one still lives: what it writes from now on no longer counts.
-    closed = await second.director.get(begun)
+    closed = await second.get(begun)
     gate.open()
-    *_, stale = await rig.watched(begun)
-    assert isinstance(stale, VideoRecord) and stale.status == "completed"
+    await rig.watched(begun)
+    assert rig.graph.log[-1] == "completed"
     assert await second.ended(begun) == closed
 
 

@@ -1,0 +1,141 @@
+"""Viewers who stop reading, behind HAProxy: they wait alone, and what is held for them is bounded.
+
+The bound: for each viewer the ingress holds the one fragment that it is sending. Sockets' own buffers come on top, in
+the kernel. (Behind Serve's own proxy there is no such bound: it takes all that the ingress has, as fast as it can.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+from deployments.cli import free_port
+from deployments.config import AppConfig
+from deployments.records import ChunkRecord, Timings, VideoRecord, VideoRequestRecord
+from deployments.service import run_service
+from deployments.store import Store, new_video_id
+from helios_core.spec import VideoSpec
+from tests.deployments.test_faults import body, processes
+
+VIEWERS = 16
+FRAGMENTS, FRAGMENT_BYTES = 48, 2**20
+STALL_SECONDS = 60.0
+CHUNK_SECONDS = 0.5
+
+
+@dataclass
+class Service:
+    url: str
+    http: httpx.Client
+    store: str
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    config = AppConfig(
+        store=str(tmp_path_factory.mktemp("store")), port=free_port(), testing=True, torch_threads=1, haproxy=True
+    ).override(sampler={"min_chunk_seconds": CHUNK_SECONDS})
+    with run_service(config) as url, httpx.Client(base_url=url, timeout=120) as http:
+        yield Service(url, http, config.store)
+
+
+async def store_large_video(url: str) -> VideoRecord:
+    """A finished video of 48 MB, as the service stores one. Its fragments need not be playable here."""
+    store = Store(url)
+    spec = VideoSpec("large", "demo", 128, 64, FRAGMENTS * 33 / 24, 1, (1, 1, 1), False)
+    request = VideoRequestRecord(id=new_video_id(time.time()), created_at=1.0, spec=spec, traceparent="")
+    timings = Timings(
+        sample_started_at=1.0, sample_seconds=0.0, decode_seconds=0.0, encode_seconds=0.0, store_seconds=0.0
+    )
+    await store.accept(request)
+    init = await store.put_init(request.id, b"\0" * 1000)
+    state = await store.put_state(request.id, FRAGMENTS, 1, b"")
+    chunks = [
+        ChunkRecord(
+            index=k,
+            frames=33,
+            steps=3,
+            fragment=await store.put_fragment(request.id, k, 1, bytes([k]) * FRAGMENT_BYTES),
+            state=state,
+            timings=timings,
+        )
+        for k in range(FRAGMENTS)
+    ]
+    record = VideoRecord(
+        id=request.id, created_at=1.0, spec=spec, status="completed", init=init, chunks=tuple(chunks), completed_at=2.0
+    )
+    await store.put_record(record, 1)
+    await store.end(request.id)
+    return record
+
+
+def stalled(url: str, path: str) -> socket.socket:
+    """A viewer who asks, reads the head of the answer, and no more."""
+    host, port = url.removeprefix("http://").split(":")
+    viewer = socket.socket()
+    viewer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**14)
+    viewer.connect((host, int(port)))
+    viewer.sendall(f"GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+    assert viewer.recv(15).startswith(b"HTTP/1.1 200 OK")
+    return viewer
+
+
+def ingress_memory() -> int:
+    """Bytes of resident memory."""
+    (ingress,) = processes("Ingress")
+    return int(ingress.memory_info().rss)
+
+
+def test_viewers_who_stop_reading_harm_nobody(service: Service) -> None:
+    record = asyncio.run(store_large_video(service.store))
+    chunks = round(STALL_SECONDS / CHUNK_SECONDS)
+    # The live one: watched by somebody who reads and by somebody who does not, for a minute.
+    created = service.http.post("/v1/videos", json=body(1, chunks=chunks)).json()
+    live = f"/v1/videos/{created['id']}/content"
+    assert service.http.get("/healthz").status_code == 200
+    before = ingress_memory()
+    viewers = [stalled(service.url, f"/v1/videos/{record.id}/content") for _ in range(VIEWERS)]
+    viewers.append(stalled(service.url, live))
+    peak = before
+    stop = threading.Event()
+
+    def watch_memory() -> None:
+        nonlocal peak
+        while not stop.wait(0.25):
+            peak = max(peak, ingress_memory())
+
+    with ThreadPoolExecutor(1) as pool:
+        watching = pool.submit(watch_memory)
+        data = service.http.get(live).content  # takes a minute, as its chunks are paced
+        stop.set()
+        watching.result()
+
+    status = service.http.get(f"/v1/videos/{created['id']}").json()
+    assert (status["status"], status["usage"]["chunks"]) == ("completed", chunks)
+    starts = [chunk.timings.sample_started_at for chunk in stored(service, created["id"]).chunks]
+    assert starts == sorted(starts) and data == service.http.get(live).content
+    assert peak - before < VIEWERS * 2 * FRAGMENT_BYTES  # they asked for 24 times as much
+
+    # A stalled viewer who reads on gets the rest.
+    size = 1000 + FRAGMENTS * FRAGMENT_BYTES
+    read = 0
+    viewers[0].settimeout(60)
+    while read < size:
+        part = viewers[0].recv(2**20)
+        assert part, f"cut off after {read} bytes"
+        read += len(part)
+    for viewer in viewers:
+        viewer.close()
+
+
+def stored(service: Service, video_id: str) -> VideoRecord:
+    return VideoRecord.model_validate_json((Path(service.store) / f"videos/{video_id}/record.t1.json").read_bytes())
