@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export PROMPT ?= a red sun over a blue sea, drifting left
 
-.PHONY: demo serve test check format figures
+.PHONY: demo serve test check format figures faults
 
 demo: $(VENV)/run.stamp  ## start the service, stream one video into video.mp4, stop
 	$(BIN)/helios demo "$$PROMPT" -o video.mp4
@@ -23,6 +23,9 @@ check: $(VENV)/dev.stamp  ## formatting, lint, types, tests
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+faults: $(VENV)/dev.stamp  ## every kill, ten seeded trials each
+	TRIALS=10 $(BIN)/python -m pytest --timeout 3600 tests/deployments/test_faults.py tests/deployments/test_slow_viewers.py
 
 figures: $(VENV)/dev.stamp  ## every measured figure of the README, measured again
 	$(BIN)/python -m load_tests.figures

@@ -27,6 +27,7 @@ LIVE_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # the s
 LAST_LIVE_BYTE = 2**53 - 2  # RFC 8673: the last position of a range whose end nobody knows yet
 MORE_THAN_ANY = 2**31  # chunks
 ASK_AGAIN_S = 0.5
+PIECE_BYTES = 2**18  # of what is read at once: a viewer who stops reading holds up a few of them, and no more
 
 # At most 19 digits: more than that is no position in any file, and Python refuses to read some thousands.
 RANGE = re.compile(r"bytes=([0-9]{0,19})-([0-9]{0,19})", re.IGNORECASE | re.ASCII)
@@ -57,13 +58,14 @@ def live_response(request: Request, news: AskNews, store: Store) -> Response:
     return media(request, body, 200 if start is None else 206, headers)
 
 
-def file_response(request: Request, objects: Sequence[StoredObject], store: Store) -> Response:
-    """A finished file, or the part of it that is asked for. Raises RequestError 416 for a part that there is not."""
+def file_response(request: Request, objects: Sequence[StoredObject], store: Store, whole: bool) -> Response:
+    """A file that nobody writes any more, or the part of it that is asked for. `whole`: it is a completed video's, and
+    so can be cached for ever. Raises RequestError 416 for a part that there is not."""
     size = sum(item.bytes for item in objects)
     etag = etag_of(objects)
     headers = {
         "Accept-Ranges": "bytes",
-        "Cache-Control": "private, max-age=31536000, immutable",
+        "Cache-Control": "private, max-age=31536000, immutable" if whole else "private, no-cache",
         "ETag": etag,
     }
     unless = header(request, "if-none-match")
@@ -149,8 +151,8 @@ def pieces(objects: Sequence[StoredObject], start: int, end: int) -> Iterator[tu
     offset = 0
     for item in objects:
         first, stop = max(start - offset, 0), min(end - offset, item.bytes)
-        if first < stop:
-            yield item.key, first, stop
+        for begin in range(first, stop, PIECE_BYTES):
+            yield item.key, begin, min(begin + PIECE_BYTES, stop)
         offset += item.bytes
 
 

@@ -472,7 +472,9 @@ class Director:
             reason = "replica_lost" if isinstance(error, ReplicaLost) else "input_lost"
             self._metrics.retried(part, reason)
             event(logger, reason, video.request, logging.WARNING, part=part, attempt=call.attempt, reason=str(error))
-            span = self._tracer.start(name, call.traceparent, start_time=began, attempt=call.attempt, lost=True)
+            span = self._tracer.start(
+                name, call.traceparent, start_time=began, video_id=call.video_id, attempt=call.attempt, lost=True
+            )
             with ending(span):
                 raise
 

@@ -121,7 +121,7 @@ def http_app(config: AppConfig, card: ModelCard, director: DirectorCalls, store:
         if record.status != "completed" and not (query.partial == "true" and record.chunks):
             why = f": {record.error.message}" if record.error else ""
             raise RequestError(409, f"video_{record.status}", f"video {video_id} is {record.status}{why}")
-        return file_response(request, objects_of(record.init, record.chunks), store)
+        return file_response(request, objects_of(record.init, record.chunks), store, whole=record.status == "completed")
 
     @app.get("/v1/models")
     async def models() -> JSONResponse:

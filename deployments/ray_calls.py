@@ -72,10 +72,11 @@ async def call(handle: DeploymentHandle, method: str, *args: Any) -> Any:
 
 
 async def call_to_its_end(handle: DeploymentHandle, method: str, *args: Any) -> Any:
-    """`call`, but a replica that has begun is never interrupted: a cancelled caller is released when it has ended.
+    """`call`, but a replica at work is not interrupted: a cancelled caller is released when it has ended.
 
     Ray tells at once that a cancelled call is over, while its replica is still at work (measured): a caller that
-    must know that nothing is written any more has to let it finish.
+    must know that nothing is written any more has to let it finish. In the instant between a replica's beginning and
+    this process's hearing of it, a call is still cancelled as by `call`.
     """
     with errors_told_apart():
         response = handle.options(method_name=method, _by_reference=True).remote(*args)
@@ -142,4 +143,6 @@ def errors_told_apart() -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
+    if isinstance(error, RayTaskError):
+        error = error.cause  # its own text begins with the address of the replica
     return str(error).strip().partition("\n")[0]

@@ -38,5 +38,5 @@ def place(waiting: Iterable[Waiting], video_id: str) -> int | None:
 
 def turns_on_asking(turns: int | None, round_: int) -> int:
     """What counts as taken by a video that asks for a sampler. `turns`: what it took, None if it is new;
-    `round_`: the turns of the video that got a sampler last."""
+    `round_`: the highest that any has come to; it never falls, and is opened by a newcomer or by who took the most."""
     return round_ if turns is None else max(turns, round_ - 1)

@@ -64,8 +64,10 @@ class Turns:
     def _grant(self) -> None:
         for place in scheduling.granted(self._everybody(), self.sampling, self._samplers()):
             _, turn = self._waiting.pop(place.video_id)
+            # A newcomer opens the next round: else a stream of them would keep waiting those who had their first turn.
+            new = place.video_id not in self._turns
+            self._round = max(self._round, place.turns + new)
             self._turns[place.video_id] = place.turns + 1
-            self._round = place.turns
             self.sampling += 1
             turn.set_result(None)
         if self._look_again is not None:

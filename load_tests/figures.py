@@ -1,6 +1,7 @@
 """`make figures`: what the README says of speed, measured again on this machine, over HTTP alone.
 
-Prints one Markdown table for people; the last line is the same as JSON.
+First one video at a time, then eight at once on two samplers whose chunks are paced: there the trace tells how long a
+sampler stands idle between two chunks. Prints one Markdown table for people; the last line is the same as JSON.
 """
 
 from __future__ import annotations
@@ -16,32 +17,74 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 REPEATS = 5
+VIDEOS = 8
 BODY = {"prompt": "a red sun over a blue sea, drifting left", "seconds": 33 * 8 / 24, "steps": [1, 1, 1]}
 FRAMES = 33 * 8
 
 
 def main() -> None:
+    with running_service() as (url, start, _):
+        stream(url)  # warms up
+        runs = [stream(url) for _ in range(REPEATS)]
+    with running_service("testing: true\nsampler: {min_replicas: 2, max_replicas: 2, min_chunk_seconds: 0.5}\n") as (
+        url,
+        _,
+        trace_file,
+    ):
+        with ThreadPoolExecutor(VIDEOS) as pool:
+            list(pool.map(stream, [url] * VIDEOS))
+        pauses, hops = idle_times(trace_file)
+    report(start, runs, pauses, hops)
+
+
+@contextmanager
+def running_service(config: str = "{}") -> Iterator[tuple[str, float, Path]]:
+    """A service's URL, the seconds until it was ready, and its trace file."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    with tempfile.TemporaryDirectory() as store:
+    with tempfile.TemporaryDirectory() as folder:
+        settings, trace_file = Path(folder) / "helios.yaml", Path(folder) / "spans.jsonl"
+        settings.write_text(config)
+        helios = str(Path(sys.executable).parent / "helios")
+        options = ["--config", str(settings), "--port", str(port), "--store", f"{folder}/store"]
+        command = [helios, "serve", *options, "--trace-file", str(trace_file)]
         begin = time.perf_counter()
-        command = [str(Path(sys.executable).parent / "helios"), "serve", "--port", str(port), "--store", store]
         with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as service:
             try:
                 wait_until_ready(url, service)
-                start = time.perf_counter() - begin
-                stream(url)  # warms up
-                runs = [stream(url) for _ in range(REPEATS)]
+                yield url, time.perf_counter() - begin, trace_file
             finally:
                 service.terminate()
-    report(start, runs)
+
+
+def idle_times(trace_file: Path) -> tuple[list[float], list[float]]:
+    """Seconds that each sampler stood idle between two chunks; seconds from a video's turn to its sampling."""
+    spans = [json.loads(line) for line in trace_file.read_text().splitlines()]
+
+    def at(span: dict[str, Any], which: str) -> float:
+        return datetime.fromisoformat(span[which]).timestamp()
+
+    samples = sorted((span for span in spans if span["name"] == "sample"), key=lambda span: at(span, "start_time"))
+    turns = {span["parent_id"]: at(span, "end_time") for span in spans if span["name"] == "wait"}
+    hops = [at(span, "start_time") - turns[span["parent_id"]] for span in samples]
+    pauses, ended = [], dict[int, float]()
+    for span in samples:
+        sampler = span["resource"]["attributes"]["process.pid"]
+        if sampler in ended:
+            pauses.append(at(span, "start_time") - ended[sampler])
+        ended[sampler] = at(span, "end_time")
+    return pauses, hops
 
 
 def wait_until_ready(url: str, service: subprocess.Popen[bytes]) -> None:
@@ -75,12 +118,14 @@ def stream(url: str) -> dict[str, float]:
     return {"first": first, "rate": (FRAMES - 33) / (total - first), "share": sampled / total}
 
 
-def report(start: float, runs: list[dict[str, float]]) -> None:
+def report(start: float, runs: list[dict[str, float]], pauses: list[float], hops: list[float]) -> None:
     figures: dict[str, Any] = {
         "service ready after (s)": round(start, 1),
         "first fragment after the request (s)": spread([run["first"] for run in runs]),
         "frames per second after it": spread([run["rate"] for run in runs]),
         "share of a video's time in which its sampler works": spread([run["share"] for run in runs]),
+        "8 videos, 2 samplers: a sampler idle between two chunks of 0.5 s (s)": quantiles(pauses),
+        "8 videos, 2 samplers: from a turn to its sampling (s)": quantiles(hops),
     }
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     setting = {
@@ -98,6 +143,11 @@ def report(start: float, runs: list[dict[str, float]]) -> None:
 
 def spread(values: list[float]) -> str:
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def quantiles(values: list[float]) -> str:
+    tenths = statistics.quantiles(values, n=10)
+    return f"{tenths[4]:.3f} (p90 {tenths[8]:.3f}, max {max(values):.3f})"
 
 
 if __name__ == "__main__":

@@ -225,6 +225,10 @@ BAD_CONFIG: dict[str, tuple[str, list[str]]] = {
     "no replica": ("vae_decoder: {min_replicas: 0}", ["vae_decoder.min_replicas is 0", "1"]),
     "fewer at most than at least": ("sampler: {min_replicas: 2}", ["sampler", "max_replicas is 1", "at least"]),
     "two Directors": ("director: {max_replicas: 2}", ["director", "max_replicas is 2", "allowed: 1"]),
+    "pace without testing": (
+        "sampler: {min_chunk_seconds: 1}",
+        ["sampler", "min_chunk_seconds is 1.0; allowed: 0, unless testing is true"],
+    ),
     "not a mapping": ("[demo]", ["['demo']", "object"]),
     "broken YAML": ("model: [demo\nport: 1", ["not readable as YAML", "line 2"]),
     "no date": ("model: 2026-13-01", ["not readable as YAML", "month"]),

@@ -268,6 +268,7 @@ async def test_the_part_of_an_ended_video_is_a_file(service: LocalService, statu
         refused = await get(service, video_id, query)
         assert (refused.status_code, refused.json()["error"]["code"]) == (409, f"video_{status}")
     part = await get(service, video_id, "?partial=true")
+    assert part.headers["cache-control"] == "private, no-cache"
     assert (part.status_code, part.content, part.headers["content-length"]) == (200, file, str(SIZE))
     ranged = await get(service, video_id, "?partial=true", Range="bytes=10-11")
     assert (ranged.status_code, ranged.content) == (206, file[10:12])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import subprocess
 import sys
 import time
@@ -20,6 +22,7 @@ from ray import serve
 
 from deployments.cli import free_port, save_stream
 from deployments.config import AppConfig
+from deployments.ray_calls import log_folder
 from deployments.records import VideoRecord
 from deployments.service import APP_NAME, run_service
 from deployments.store import Store
@@ -164,6 +167,20 @@ def test_the_demo_command_writes_while_later_chunks_are_made(
     assert len(pts_of(path)) == 144
     with pytest.raises(HeliosError, match="prompt is ''"):
         save_stream(service.url, "", 6.0, path)
+
+
+def test_log_lines_name_video_and_trace_and_hide_the_prompt(http: httpx.Client) -> None:
+    secret = "a prompt that nobody else shall read"
+    caller = f"00-{'c' * 32}-{'d' * 16}-01"
+    answer = http.post("/v1/videos/stream", json={"prompt": secret, "seconds": 2}, headers={"traceparent": caller})
+    video_id = answer.headers["x-video-id"]
+    assert answer.headers["traceparent"].split("-")[1] == "c" * 32
+    lines = [line for path in Path(log_folder()).glob("*.log") for line in path.read_text().splitlines()]
+    events = [json.loads(line) for line in lines if video_id in line]
+    assert [event["message"] for event in events] == ["accepted", "started", "committed", "committed", "ended"]
+    assert {(event["video_id"], event["trace_id"]) for event in events} == {(video_id, "c" * 32)}
+    assert events[0]["prompt"] == "sha256:" + hashlib.sha256(secret.encode()).hexdigest()[:16]
+    assert not [line for line in lines if secret in line]
 
 
 def test_models_and_health(http: httpx.Client) -> None:

@@ -1,0 +1,68 @@
+"""The sampler's replica by itself: pace, and how soon a cancelled call frees it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deployments.config import AppConfig
+from deployments.records import Call, StoredObject
+from deployments.sampler import Sampler
+from deployments.store import Store, new_video_id
+from deployments.text_encoder import TextEncoder
+from helios_core.spec import VideoSpec
+
+SPEC = VideoSpec("a red sun", "demo", 64, 64, 2 * 33 / 24, 1, (2, 2, 2), False)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Callable[[float], AppConfig]:
+    def paced(min_chunk_seconds: float) -> AppConfig:
+        config = AppConfig(store=str(tmp_path / "store"), trace_file=str(tmp_path / "spans"), testing=True)
+        return config.override(sampler={"min_chunk_seconds": min_chunk_seconds})
+
+    return paced
+
+
+def call() -> Call:
+    return Call(video_id=new_video_id(1.0), traceparent=f"00-{'1' * 32}-{'2' * 16}-01")
+
+
+async def sampled(sampler: Sampler, text: Any, state: Any = None, index: int = 0) -> Any:
+    after, _ = [item async for item in sampler.sample_chunk(call(), SPEC, index, text, state)]
+    return after
+
+
+async def test_a_cancelled_call_frees_the_sampler_within_one_step(
+    tmp_path: Path, config: Callable[[float], AppConfig]
+) -> None:
+    """Paced at one step in ten minutes: whoever waited for a second one would wait in vain."""
+    hour = config(3600.0)
+    text, _ = [item async for item in TextEncoder(hour).encode(call(), SPEC.prompt)]
+    sampler = Sampler(hour)
+    for _ in range(2):  # the second one gets its turn because the first one is gone
+        calling = asyncio.ensure_future(sampled(sampler, text))
+        await asyncio.sleep(0)
+        assert sampler._free.locked()  # at work
+        calling.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await calling
+    spans = [json.loads(line) for line in (tmp_path / "spans").read_text().splitlines()]
+    ended = [span for span in spans if span["name"] == "sample"]
+    assert [span["attributes"]["cancelled"] for span in ended] == [True, True]
+    assert all(len(span["events"]) <= 1 for span in ended)
+
+
+async def test_pace_changes_no_bit_and_inputs_may_come_from_the_store(config: Callable[[float], AppConfig]) -> None:
+    store = Store(config(0.0).store)
+    text, stored_text = [item async for item in TextEncoder(config(0.0)).encode(call(), SPEC.prompt)]
+    first = await sampled(Sampler(config(0.0)), text)
+    stored_state = await store.put_state(new_video_id(1.0), 1, 1, first.to_bytes())
+    assert isinstance(stored_text, StoredObject)
+    expected = (await sampled(Sampler(config(0.0)), text, first, 1)).to_bytes()
+    assert (await sampled(Sampler(config(0.2)), stored_text, stored_state, 1)).to_bytes() == expected
