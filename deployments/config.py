@@ -67,7 +67,9 @@ class AppConfig(Settings):
     store: str = "./helios-data"  # a folder, or s3://, gs://, az://
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=1, le=65535)
-    haproxy: bool = False  # HAProxy in front: then a viewer who reads slowly is also sent to slowly
+    # HAProxy in front: then a viewer who reads slowly is also sent to slowly. A running cluster (RAY_ADDRESS) needs
+    # RAY_SERVE_ENABLE_HA_PROXY=1 on each of its nodes besides.
+    haproxy: bool = False
     torch_threads: int | None = Field(None, ge=1)  # None: half of the cores (helios_core.checkpoints.use_threads)
     max_body_bytes: int = Field(1 << 20, ge=1024)
     trace_file: str | None = None  # spans are appended to it as JSON lines, by every process of this machine

@@ -41,7 +41,9 @@ def run_service(config: AppConfig) -> Iterator[str]:
         try:
             if address == "local":
                 _check_port(config.host, config.port)
-                os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = str(int(config.haproxy))  # read by each of Serve's processes
+                # Read by each of Serve's processes. A service that goes leaves no time to those who watch.
+                os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = str(int(config.haproxy))
+                os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "1"
                 ray.init(
                     address,
                     include_dashboard=False,
