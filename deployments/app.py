@@ -18,9 +18,6 @@ from deployments.vae_decoder import VaeDecoder
 from helios_core.checkpoints import Checkpoint
 
 MANY = 10_000  # requests at once for those that only wait: Serve's default of 5 would queue a sixth viewer
-# A sampler works on one chunk and may have the next call at hand: with a single one, Serve's router would look for the
-# free replica with pauses of up to 500 ms.
-SAMPLER_CALLS = 2
 LONGEST_CHUNK_S = 60.0  # a computing replica that is to stop may finish its chunk
 LONGEST_ANSWER_S = 2.0  # one that only waits has nothing to finish that would not go on elsewhere
 
@@ -37,7 +34,7 @@ def build_app(config: AppConfig) -> Application:
     trace_file = None if config.trace_file is None else str(Path(config.trace_file).absolute())
     config = config.override(model=checkpoint.source, store=Store(config.store).url, trace_file=trace_file)
     text_encoder = deploy(TextEncoder, config.text_encoder, at_once=4).bind(config)
-    sampler = deploy(Sampler, config.sampler, at_once=SAMPLER_CALLS).bind(config)
+    sampler = deploy(Sampler, config.sampler, at_once=1).bind(config)
     vae_decoder = deploy(VaeDecoder, config.vae_decoder, at_once=1).bind(config)
     director = deploy(DirectorReplica, config.director, at_once=MANY, name="Director").bind(
         config, text_encoder, sampler, vae_decoder

@@ -184,7 +184,7 @@ class Director:
 
     async def _accept(self, request: VideoRequestRecord) -> VideoStatus:
         await self._store.accept(request)
-        video = self._running[request.id] = RunningVideo(request)
+        video = RunningVideo(request)
         self._metrics.accepted(request.id, request.created_at)
         prompt = shown(request.spec.prompt, self._log_prompts)
         event(logger, "accepted", request, prompt=prompt, chunks=request.spec.chunks)
@@ -192,7 +192,7 @@ class Director:
         # In a context of its own: a video outlives the request that created it, but Ray cancels a request's calls with
         # the request.
         video.task = asyncio.create_task(self._lead(video), name=request.id, context=contextvars.Context())
-        await asyncio.sleep(0)  # lets it begin: a task cancelled before its first step runs nothing, not even its end
+        await asyncio.sleep(0)  # lets it begin
         return self._status(video.record)
 
     async def get(self, video_id: str) -> VideoStatus:
@@ -317,6 +317,7 @@ class Director:
 
     async def _lead(self, video: RunningVideo) -> None:
         """From the prompt to the last commit, then the end, whatever it is."""
+        self._running[video.request.id] = video  # not before: a task cancelled before its first step would never end it
         with self._tracer.span("video", video.request.traceparent, video_id=video.request.id) as span:
             error = None
             try:
@@ -495,7 +496,9 @@ class Director:
 
 async def _whole(work: Awaitable[T]) -> T:
     """`work`, done to its end also if the caller leaves."""
-    return await asyncio.shield(asyncio.ensure_future(work))
+    task = asyncio.ensure_future(work)
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())  # a caller who left does not hear of it
+    return await asyncio.shield(task)
 
 
 def _reported(video: VideoRequestRecord, error: BaseException) -> VideoError:

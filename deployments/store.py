@@ -182,7 +182,11 @@ class Store:
         terms = [int(match[1]) for name in names if (match := RECORD.fullmatch(name))]
         if not terms:
             return None
-        return VideoRecord.model_validate_json(await self.read(f"videos/{video_id}/record.t{max(terms)}.json"))
+        try:
+            data = await self.read(f"videos/{video_id}/record.t{max(terms)}.json")
+        except ObjectMissing:
+            return None  # deleted since
+        return VideoRecord.model_validate_json(data)
 
     async def put_init(self, video_id: str, data: bytes) -> StoredObject:
         """The ftyp + moov of a video."""
