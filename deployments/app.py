@@ -35,7 +35,7 @@ def build_app(config: AppConfig) -> Application:
     config = config.override(model=checkpoint.source, store=Store(config.store).url, trace_file=trace_file)
     text_encoder = deploy(TextEncoder, config.text_encoder, at_once=4).bind(config)
     sampler = deploy(Sampler, config.sampler, at_once=1).bind(config)
-    vae_decoder = deploy(VaeDecoder, config.vae_decoder, at_once=1).bind(config)
+    vae_decoder = deploy(VaeDecoder, config.vae_decoder, at_once=2).bind(config)  # one is stored, the next decoded
     director = deploy(DirectorReplica, config.director, at_once=MANY, name="Director").bind(
         config, text_encoder, sampler, vae_decoder
     )

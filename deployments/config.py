@@ -42,9 +42,13 @@ class Pool(Settings):
 
 
 class VaePool(Pool):
-    """Replicas with the VAE, which is fp32. `device`: auto means the GPU where the replica has one."""
+    """Replicas with the VAE, which is fp32. `device`: auto means the GPU where the replica has one.
+
+    `max_call_seconds`: a replica that is longer at one call is taken to hang, and replaced.
+    """
 
     device: str = "auto"
+    max_call_seconds: float = Field(600.0, gt=0)
 
 
 class ModelPool(VaePool):

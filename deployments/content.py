@@ -22,11 +22,13 @@ from deployments.director import NoSuchVideo, ReplicaLost
 from deployments.errors import CutOff, RequestError
 from deployments.records import ChunkRecord, News, StoredObject
 from deployments.store import ObjectMissing, Store
+from helios_core.errors import HeliosError
 
 LIVE_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # the second: proxies must not hold it back
 LAST_LIVE_BYTE = 2**53 - 2  # RFC 8673: the last position of a range whose end nobody knows yet
 MORE_THAN_ANY = 2**31  # chunks
 ASK_AGAIN_S = 0.5
+STAY_AFTER_S = 2.0
 PIECE_BYTES = 2**18  # of what is read at once: a viewer who stops reading holds up a few of them, and no more
 
 # At most 19 digits: more than that is no position in any file, and Python refuses to read some thousands.
@@ -95,12 +97,12 @@ async def live_bytes(news: AskNews, store: Store, start: int = 0) -> AsyncGenera
         new = await next_news(news, seen)
         objects = objects_of(new.init, new.chunks) if seen == 0 else [chunk.fragment for chunk in new.chunks]
         size = sum(item.bytes for item in objects)
-        async for data in file_bytes(objects, store, min(start, size), size):
-            staying = asyncio.create_task(stay(news))
-            try:
+        staying = asyncio.create_task(stay(news))
+        try:
+            async for data in file_bytes(objects, store, min(start, size), size):
                 yield data
-            finally:
-                staying.cancel()
+        finally:
+            staying.cancel()
         start = max(0, start - size)
         seen += len(new.chunks)
         if new.status == "completed":
@@ -121,8 +123,10 @@ async def next_news(news: AskNews, seen: int) -> News:
 
 
 async def stay(news: AskNews) -> None:
-    """Watches for a viewer who is slow to take what was sent: a video that nobody asks for may be given up."""
-    with suppress(CutOff):
+    """Watches while a viewer is slow to take what is sent, or the store to give it: a video that nobody asks for may be
+    given up."""
+    await asyncio.sleep(STAY_AFTER_S)
+    with suppress(CutOff, HeliosError):  # the viewer's own next question meets it too
         while not (await next_news(news, MORE_THAN_ANY)).ended:
             pass
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import gc
 import itertools
 import logging
 import time
@@ -44,16 +45,25 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Ref = Any  # to a value that lives elsewhere: an ObjectRef in the service
 
-MAX_RETRIES = 3  # of one chunk: what takes a fourth replica with it is more likely the cause than a victim
+# Seconds before each retry of a chunk. There are three: what takes a fourth replica with it is more likely the cause
+# than a victim.
+RETRY_AFTER_S = (0.0, 1.0, 3.0)
+COLLECT_AFTER_S = 1.0
 NEWS_S = 5.0  # how long a watcher's question may stay open
 UNWATCHED_S = 10.0  # how long a video that is made for its watchers goes on without one
 
 
-class ReplicaLost(Exception):
+class Lost(Exception):
+    """What a call needed is gone. `part`: the deployment that was called."""
+
+    part = ""
+
+
+class ReplicaLost(Lost):
     """The replica that worked on a call is gone; the inputs are sound, so the call can be made again."""
 
 
-class InputLost(Exception):
+class InputLost(Lost):
     """A reference that was handed to a call leads nowhere; what it led to must come from the store."""
 
 
@@ -97,6 +107,12 @@ class NoSuchVideo(HeliosError):
         return f"no video has the id {self.video_id!r}"
 
 
+class Unreadable(HeliosError):
+    """A video that this version cannot read. It can be deleted."""
+
+    code = "unreadable"
+
+
 class ChunkLost(HeliosError):
     """A chunk could not be made because replicas died over it again and again."""
 
@@ -110,12 +126,14 @@ class RunningVideo:
         self.request = request
         self.record = VideoRecord(id=request.id, created_at=request.created_at, spec=request.spec)
         self.changed = asyncio.Event()
+        self.cancelled = False  # somebody wants it to end
         self.ending = False  # nothing is left to cancel
         self.text: StoredObject | None = None
         self.retries: Counter[int] = Counter()  # by chunk
         self.watchers = 0
         self.unwatched: asyncio.TimerHandle | None = None
-        self.task: asyncio.Task[None]
+        self.making: asyncio.Task[None]  # its chunks; this is what a cancel stops
+        self.leading: asyncio.Task[None]  # the video, to its end; never cancelled
 
     def update(self, record: VideoRecord) -> None:
         self.record = record
@@ -126,11 +144,12 @@ class RunningVideo:
         """A call to a replica whose work is a part of `span`."""
         return Call(video_id=self.request.id, traceparent=traceparent(span), attempt=attempt)
 
-    def retry(self, chunk: int, error: Exception) -> None:
-        """Counts a retry of a chunk. Raises ChunkLost if it had its share."""
+    def retry(self, chunk: int, error: Lost) -> float:
+        """Counts a retry of a chunk; after how many seconds it may begin. Raises ChunkLost if it had its share."""
         self.retries[chunk] += 1
-        if self.retries[chunk] > MAX_RETRIES:
+        if self.retries[chunk] > len(RETRY_AFTER_S):
             raise ChunkLost(f"chunk {chunk} was lost {self.retries[chunk]} times, at last because {error}") from error
+        return RETRY_AFTER_S[self.retries[chunk] - 1]
 
 
 class Director:
@@ -143,12 +162,13 @@ class Director:
         self._graph, self._store, self._tracer, self._term = graph, store, tracer, term
         self._log_prompts = log_prompts
         self._running: dict[str, RunningVideo] = {}
-        self._deleting: set[str] = set()
+        self._hidden: set[str] = set()  # videos that are being stored or removed: to the outside there are none
         self._stopping = False
+        self._collecting: asyncio.TimerHandle | None = None
         self._turns = Turns(graph.samplers)
         self._metrics = Metrics()
         self._metrics.observe(
-            running=lambda: len(self._running),
+            running=lambda: sum(not video.record.ended for video in self._running.values()),
             waiting=lambda: self._turns.waiting,
             sampling=lambda: self._turns.sampling,
             samplers=graph.samplers,
@@ -162,8 +182,8 @@ class Director:
         for video_id in await store.active():
             try:
                 await director._close_interrupted(video_id)
-            except ValueError:  # another version wrote it; the rest of the store must still be served
-                logger.exception("video %s cannot be read and stays as it is", video_id)
+            except (ValueError, StoreUnavailable):  # another version's, or bad luck: the rest must still be served
+                logger.exception("not closed", extra={"video_id": video_id})
         return director
 
     async def ready(self) -> None:
@@ -183,48 +203,56 @@ class Director:
         return await _whole(self._accept(request))
 
     async def _accept(self, request: VideoRequestRecord) -> VideoStatus:
-        await self._store.accept(request)
+        with self._hiding(request.id):
+            await self._store.accept(request)
         video = RunningVideo(request)
         self._metrics.accepted(request.id, request.created_at)
         prompt = shown(request.spec.prompt, self._log_prompts)
         event(logger, "accepted", request, prompt=prompt, chunks=request.spec.chunks)
         self._watch_out(video)
+        self._running[request.id] = video
         # In a context of its own: a video outlives the request that created it, but Ray cancels a request's calls with
         # the request.
-        video.task = asyncio.create_task(self._lead(video), name=request.id, context=contextvars.Context())
-        await asyncio.sleep(0)  # lets it begin
+        apart = contextvars.Context()
+        video.making = asyncio.create_task(self._make_chunks(video), name=f"making {request.id}", context=apart)
+        video.leading = asyncio.create_task(self._lead(video), name=f"leading {request.id}", context=apart)
         return self._status(video.record)
 
     async def get(self, video_id: str) -> VideoStatus:
-        """Where a video stands. Raises NoSuchVideo."""
+        """Where a video stands. Raises NoSuchVideo or Unreadable."""
+        return self._status(await self._record(video_id))
+
+    async def _record(self, video_id: str) -> VideoRecord:
+        if video_id in self._hidden:
+            raise NoSuchVideo(video_id)
         if video_id in self._running:
-            return self._status(self._running[video_id].record)
-        record = None if video_id in self._deleting else await self._store.record(video_id)
+            return self._running[video_id].record
+        try:
+            record = await self._store.record(video_id)
+        except ValueError as error:
+            logger.warning("unreadable: %s", error, extra={"video_id": video_id})
+            raise Unreadable(f"video {video_id} was stored by another version; it can only be deleted") from error
         if record is None:
             raise NoSuchVideo(video_id)
-        return self._status(record)
+        return record if record.ended else _interrupted(record)
 
     async def page(self, limit: int, after: str | None = None, newest_first: bool = True) -> Page:
-        """At most `limit` videos, those after the video `after` in the order of their creation, or its reverse.
-
-        Raises NoSuchVideo if there is no video `after`.
-        """
-        ids = [video_id for video_id in await self._store.video_ids() if video_id not in self._deleting]
+        """At most `limit` videos, those after the id `after` in the order of their creation, or its reverse."""
+        ids = await self._store.video_ids()
         if not newest_first:
             ids.reverse()
-        if after is not None and after not in ids:
-            raise NoSuchVideo(after)
-        ids = ids[ids.index(after) + 1 :] if after is not None else ids
-        found = await asyncio.gather(*(self._get_readable(video_id) for video_id in ids[:limit]))
-        return Page(videos=tuple(status for status in found if status is not None), has_more=len(ids) > limit)
+        if after is not None:  # it may have been deleted since
+            ids = [video_id for video_id in ids if (video_id < after if newest_first else video_id > after)]
+        found: list[VideoStatus] = []
+        rest = iter(ids)
+        while len(found) <= limit and (some := list(itertools.islice(rest, limit + 1 - len(found)))):
+            found += [status for status in await asyncio.gather(*map(self._listed, some)) if status is not None]
+        return Page(videos=tuple(found[:limit]), has_more=len(found) > limit)
 
-    async def _get_readable(self, video_id: str) -> VideoStatus | None:
+    async def _listed(self, video_id: str) -> VideoStatus | None:
         try:
             return await self.get(video_id)
-        except NoSuchVideo:
-            return None  # deleted a moment ago
-        except ValueError:
-            logger.exception("video %s cannot be read and is not listed", video_id)
+        except (NoSuchVideo, Unreadable):
             return None
 
     async def news(self, video_id: str, seen: int) -> News:
@@ -236,7 +264,7 @@ class Director:
         """
         video = self._running.get(video_id)
         if video is None:
-            record = (await self.get(video_id)).record
+            record = await self._record(video_id)
         else:
             with self._watched(video):
                 try:
@@ -257,7 +285,7 @@ class Director:
         if video is None:
             return await self.get(video_id)
         self._cancel(video)
-        await asyncio.wait([video.task])
+        await asyncio.wait([video.leading])
         return self._status(video.record)
 
     async def delete(self, video_id: str) -> None:
@@ -265,32 +293,49 @@ class Director:
         await _whole(self._delete(video_id))
 
     async def _delete(self, video_id: str) -> None:
-        status = await self.cancel(video_id)
-        if video_id in self._deleting:
+        request = None if video_id in self._running else await self._request(video_id)
+        stored = video_id in self._running or await self._store.has(video_id)
+        if video := self._running.get(video_id):
+            request = video.request
+            await self.cancel(video_id)
+        if video_id in self._hidden or not stored:
             raise NoSuchVideo(video_id)
-        self._deleting.add(video_id)
-        try:
-            self._running.pop(video_id, None)
+        with self._hiding(video_id):
             await self._store.delete(video_id)
+            self._running.pop(video_id, None)  # it is still there if its end could not be stored
+        if request is not None:
+            event(logger, "deleted", request)
+
+    @contextmanager
+    def _hiding(self, video_id: str) -> Iterator[None]:
+        self._hidden.add(video_id)
+        try:
+            yield
         finally:
-            self._deleting.discard(video_id)
-        logger.info("deleted", extra={"video_id": video_id, "chunks": len(status.record.chunks)})
+            self._hidden.discard(video_id)
+
+    async def _request(self, video_id: str) -> VideoRequestRecord | None:
+        try:
+            return await self._store.request(video_id)
+        except ValueError:
+            return None  # another version's
 
     async def stop(self) -> None:
         """Stops all work at once, without ending any video: for a service that is about to go."""
         self._stopping = True
-        tasks = [video.task for video in self._running.values()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        self._tracer.close()
+        videos = list(self._running.values())
+        for video in videos:
+            video.making.cancel()
+        await asyncio.gather(*(video.leading for video in videos))
+        await asyncio.to_thread(self._tracer.close)
 
     def _status(self, record: VideoRecord) -> VideoStatus:
-        return VideoStatus(record=record, queue_position=self._turns.place(record.id))
+        return VideoStatus.of(record, self._turns.place(record.id))
 
     def _cancel(self, video: RunningVideo) -> None:
-        if not video.ending and not video.task.cancelling():
-            video.task.cancel()
+        if not video.ending and not video.cancelled:
+            video.cancelled = True
+            video.making.cancel()
 
     @contextmanager
     def _watched(self, video: RunningVideo) -> Iterator[None]:
@@ -317,24 +362,25 @@ class Director:
 
     async def _lead(self, video: RunningVideo) -> None:
         """From the prompt to the last commit, then the end, whatever it is."""
-        self._running[video.request.id] = video  # not before: a task cancelled before its first step would never end it
         with self._tracer.span("video", video.request.traceparent, video_id=video.request.id) as span:
-            error = None
-            try:
-                await self._make_chunks(video)
-                status: Status = "completed"
-            except asyncio.CancelledError as cancelled:
-                if self._stopping:
-                    return  # it stays active in the store, for the next Director to find
-                if video.task.cancelling():
-                    status = "cancelled"
-                else:  # a call that was dropped without our doing
-                    status, error = "failed", _reported(video.request, cancelled)
-            except (ExceptionGroup, HeliosError) as failed:
-                status, error = "failed", _reported(video.request, failed)
+            await asyncio.wait([video.making])
+            if self._stopping:
+                return  # it stays active in the store, for the next Director to find
             video.ending = True
-            await self._end(video, status, error)
+            await self._end(video, *_outcome(video))
             span.set_attributes({"status": video.record.status, "chunks": len(video.record.chunks)})
+        if video.record.status != "completed":
+            self._collect_soon()
+
+    def _collect_soon(self) -> None:
+        """What goes wrong leaves exceptions and frames that hold each other, and so references to states: megabytes
+        each, in the object store, of which Python's collector knows nothing when it takes its time."""
+        if self._collecting is None:
+            self._collecting = asyncio.get_running_loop().call_later(COLLECT_AFTER_S, self._collect)
+
+    def _collect(self) -> None:
+        self._collecting = None
+        gc.collect()
 
     async def _end(self, video: RunningVideo, status: Status, error: VideoError | None) -> None:
         self._turns.forget(video.request.id)
@@ -344,7 +390,6 @@ class Director:
         ended = video.record.model_copy(update=changes)
         try:
             await self._store.put_record(ended, self._term)
-            del self._running[ended.id]
         except StoreUnavailable as lost:
             # What was committed is safe, the end is not: memory keeps it for those who ask, and the next Director will
             # find the video active.
@@ -352,19 +397,20 @@ class Director:
             failure = VideoError(code=lost.code, message=str(lost))
             ended = video.record.model_copy(update={**changes, "status": "failed", "error": failure})
         else:
-            await self._tidy(ended)
+            await self._tidy(video.request, ended)
+            del self._running[ended.id]  # not before: whoever deletes it waits until nothing more is done to it
         video.update(ended)
         self._metrics.ended(ended)
         code = ended.error.code if ended.error else None
         event(logger, "ended", video.request, status=ended.status, code=code, chunks=len(ended.chunks))
 
-    async def _tidy(self, ended: VideoRecord) -> None:
+    async def _tidy(self, request: VideoRequestRecord, ended: VideoRecord) -> None:
         """Removes what an ended video leaves behind: what no record names, and its active marker, last."""
         try:
             await self._store.sweep(ended, self._term)
             await self._store.end(ended.id)
         except StoreUnavailable as error:  # it stays active: the next Director tries again
-            logger.warning("not tidied up: %s", error, extra={"video_id": ended.id})
+            event(logger, "not tidied up", request, logging.WARNING, reason=str(error))
 
     async def _make_chunks(self, video: RunningVideo) -> None:
         """All chunks. If an input is lost on the way, again from the last commit, with what the store has."""
@@ -372,10 +418,13 @@ class Director:
             try:
                 return await self._make_chunks_from_last_commit(video)
             except ExceptionGroup as group:
-                lost, others = group.split(InputLost)
-                if others is not None or lost is None:
+                lost = next(_leaves(group))
+                if not isinstance(lost, InputLost) or group.split(InputLost)[1] is not None:
                     raise
-                video.retry(len(video.record.chunks), lost)
+            if video.cancelled or self._stopping:  # a task group on its way out with an error forgets a cancel
+                raise asyncio.CancelledError
+            self._collect_soon()
+            await self._wait_for_retry(video, len(video.record.chunks), lost, "input_lost")
 
     async def _make_chunks_from_last_commit(self, video: RunningVideo) -> None:
         spec, made = video.request.spec, video.record.chunks
@@ -436,7 +485,7 @@ class Director:
         with ending(chunk):
             rendered = await self._retried(video, index, attempt)
             with self._tracer.span("commit", traceparent(chunk)):
-                await self._commit(video, rendered)
+                await _finished(self._commit(video, rendered))
 
     async def _commit(self, video: RunningVideo, rendered: Rendered) -> None:
         record, chunk = video.record, rendered.chunk
@@ -455,13 +504,19 @@ class Director:
             event(logger, "earlier states not removed", video.request, logging.WARNING, reason=str(error))
 
     async def _retried(self, video: RunningVideo, chunk: int, attempt: Callable[[int], Awaitable[T]]) -> T:
-        """`attempt(0)`; if its replica is lost `attempt(1)`, and so on. Raises ChunkLost after MAX_RETRIES."""
+        """`attempt(0)`; if its replica is lost `attempt(1)`, and so on. Raises ChunkLost after the last retry."""
         for number in itertools.count():
             try:
                 return await attempt(number)
             except ReplicaLost as lost:
-                video.retry(chunk, lost)
+                await self._wait_for_retry(video, chunk, lost, "replica_lost")
         raise AssertionError("unreachable")
+
+    async def _wait_for_retry(self, video: RunningVideo, chunk: int, error: Lost, reason: str) -> None:
+        """Returns when the retry may begin. Raises ChunkLost if there was one too many."""
+        pause = video.retry(chunk, error)
+        self._metrics.retried(error.part, reason)
+        await asyncio.sleep(pause)
 
     @contextmanager
     def _losses(self, video: RunningVideo, part: str, name: str, call: Call) -> Iterator[None]:
@@ -469,10 +524,10 @@ class Director:
         began = time.time_ns()
         try:
             yield
-        except (ReplicaLost, InputLost) as error:
-            reason = "replica_lost" if isinstance(error, ReplicaLost) else "input_lost"
-            self._metrics.retried(part, reason)
-            event(logger, reason, video.request, logging.WARNING, part=part, attempt=call.attempt, reason=str(error))
+        except Lost as error:
+            error.part = part
+            what = "replica lost" if isinstance(error, ReplicaLost) else "input lost"
+            event(logger, what, video.request, logging.WARNING, part=part, attempt=call.attempt, reason=str(error))
             span = self._tracer.start(
                 name, call.traceparent, start_time=began, video_id=call.video_id, attempt=call.attempt, lost=True
             )
@@ -488,10 +543,9 @@ class Director:
         if record is None:
             record = VideoRecord(id=video_id, created_at=request.created_at, spec=request.spec)
         if not record.ended:
-            error = VideoError(code="interrupted", message="the service stopped while this video was being made")
-            record = record.model_copy(update={"status": "failed", "error": error, "completed_at": time.time()})
+            record = _interrupted(record).model_copy(update={"completed_at": time.time()})
             await self._store.put_record(record, self._term)
-        await self._tidy(record)
+        await self._tidy(request, record)
 
 
 async def _whole(work: Awaitable[T]) -> T:
@@ -501,14 +555,46 @@ async def _whole(work: Awaitable[T]) -> T:
     return await asyncio.shield(task)
 
 
+async def _finished(work: Awaitable[T]) -> T:
+    """`work`, which a caller who is cancelled waits for all the same."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        _ = task.cancelled() or task.exception()  # nobody is left to hear of it
+        raise
+
+
+def _outcome(video: RunningVideo) -> tuple[Status, VideoError | None]:
+    """How the making of a video ended."""
+    if video.making.cancelled():
+        if video.cancelled:
+            return "cancelled", None
+        return "failed", _reported(video.request, asyncio.CancelledError("a call was dropped"))
+    error = video.making.exception()
+    return ("completed", None) if error is None else ("failed", _reported(video.request, error))
+
+
+def _interrupted(record: VideoRecord) -> VideoRecord:
+    """The record of a video that has not ended and that nobody makes."""
+    error = VideoError(code="interrupted", message="the service stopped while this video was being made")
+    return record.model_copy(update={"status": "failed", "error": error})
+
+
 def _reported(video: VideoRequestRecord, error: BaseException) -> VideoError:
     """What the client hears of a failure: an error of ours as it is, of anything else no inner detail."""
-    whole = error
-    while isinstance(error, ExceptionGroup):
-        error = error.exceptions[0]
-    if isinstance(error, HeliosError):
-        return VideoError(code=error.code, message=str(error))
+    for leaf in _leaves(error):
+        if isinstance(leaf, HeliosError):
+            return VideoError(code=leaf.code, message=str(leaf))
     # A bug of ours, or a part of the cluster that died.
-    extra = {"video_id": video.id}
-    logger.error("video %s failed", video.id, exc_info=whole, extra=extra)
+    event(logger, "internal error", video, logging.ERROR, exc_info=error)
     return VideoError(code="internal_error", message="the service failed while making this video")
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error

@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 from ray.serve.exceptions import RayServeException
 from starlette.exceptions import HTTPException
 
-from deployments.director import NoSuchVideo, ReplicaLost
+from deployments.director import NoSuchVideo, ReplicaLost, Unreadable
 from deployments.schemas import error_object
 from deployments.store import StoreUnavailable
 from helios_core.errors import HeliosError, InvalidInput
@@ -45,6 +45,8 @@ def status_of(error: HeliosError) -> int:
             return 422
         case NoSuchVideo():
             return 404
+        case Unreadable():
+            return 409
         case StoreUnavailable():
             return 503
     return 500
@@ -77,9 +79,9 @@ def install_error_handlers(app: FastAPI) -> None:
         return JSONResponse(body, error.status_code, error.headers)
 
     @app.exception_handler(Exception)
-    async def bug(_: Request, error: Exception) -> JSONResponse:
+    async def bug(request: Request, error: Exception) -> JSONResponse:
         if isinstance(error, CutOff):  # no bug, and this answer is not sent: another one has begun
-            logger.info("cut off", extra={"reason": str(error)})
+            logger.info("cut off", extra={"path": request.url.path, "reason": str(error)})
             return JSONResponse(None)
         return unexpected(error)
 

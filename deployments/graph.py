@@ -42,7 +42,7 @@ class ServeGraph:
         return max(1, live)  # with none alive, one call waits for the first that is
 
     async def encode(self, call: Call, prompt: str) -> tuple[Ref, StoredObject]:
-        return await call_by_reference(self._text_encoder, "encode", call, prompt)
+        return await call_by_reference(self._text_encoder, "encode", call, prompt, to_its_end=True)
 
     async def sample(
         self, call: Call, spec: VideoSpec, index: int, text: Ref, state: Ref | None

@@ -7,7 +7,7 @@ import contextvars
 import json
 import time
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.config import AppConfig
 from deployments.content import LIVE_HEADERS, VideoResponse, file_response, live_bytes, live_response, objects_of
-from deployments.director import NoSuchVideo
+from deployments.director import NoSuchVideo, ReplicaLost
 from deployments.errors import RequestError, install_error_handlers, status_of
 from deployments.graph import RemoteDirector
 from deployments.logs import log_with_serve
@@ -49,7 +49,7 @@ def http_app(config: AppConfig, card: ModelCard, director: DirectorCalls, store:
     """The HTTP service over a Director and its store."""
     app = FastAPI(title="Helios Serve", openapi_url=None)
     install_error_handlers(app)
-    leaving: set[asyncio.Task[VideoStatus]] = set()
+    leaving: set[asyncio.Task[None]] = set()
 
     async def accepted(request: Request, while_watched: bool) -> tuple[VideoStatus, str]:
         """The new video, and the traceparent of the span that ends here: an ingress that dies later loses no root."""
@@ -67,7 +67,12 @@ def http_app(config: AppConfig, card: ModelCard, director: DirectorCalls, store:
 
     def leave(video_id: str) -> None:
         """Cancels a video whose only viewer is gone. Ray cancels a request's calls with the request: not this one."""
-        task = asyncio.create_task(director.cancel(video_id), context=contextvars.Context())
+
+        async def cancel() -> None:
+            with suppress(HeliosError, ReplicaLost):  # then the Director finds by itself that nobody watches
+                await director.cancel(video_id)
+
+        task = asyncio.create_task(cancel(), context=contextvars.Context())
         leaving.add(task)
         task.add_done_callback(leaving.discard)
 
@@ -87,8 +92,8 @@ def http_app(config: AppConfig, card: ModelCard, director: DirectorCalls, store:
     @app.post("/v1/videos/stream")
     async def stream(request: Request) -> Response:
         status, parent = await accepted(request, while_watched=True)
-        headers = {**LIVE_HEADERS, "X-Video-Id": status.record.id, "traceparent": parent}
-        return VideoResponse(watched_bytes(status.record.id), headers=headers)
+        headers = {**LIVE_HEADERS, "X-Video-Id": status.id, "traceparent": parent}
+        return VideoResponse(watched_bytes(status.id), headers=headers)
 
     @app.get("/v1/videos")
     async def page(request: Request) -> JSONResponse:
@@ -115,13 +120,16 @@ def http_app(config: AppConfig, card: ModelCard, director: DirectorCalls, store:
     @app.api_route("/v1/videos/{video_id}/content", methods=["GET", "HEAD"])
     async def content(request: Request, video_id: str) -> Response:
         query = GetContent.parse(request.query_params)
-        record = (await director.get(known(video_id))).record
-        if not record.ended:
+        video = await director.get(known(video_id))
+        if not video.ended:
             return live_response(request, partial(director.news, video_id), store)
-        if record.status != "completed" and not (query.partial == "true" and record.chunks):
-            why = f": {record.error.message}" if record.error else ""
-            raise RequestError(409, f"video_{record.status}", f"video {video_id} is {record.status}{why}")
-        return file_response(request, objects_of(record.init, record.chunks), store, whole=record.status == "completed")
+        if video.status != "completed" and not (query.partial == "true" and video.usage.chunks):
+            why = f": {video.error.message}" if video.error else ""
+            raise RequestError(409, f"video_{video.status}", f"video {video_id} is {video.status}{why}")
+        record = await store.record(video_id)
+        if record is None:
+            raise NoSuchVideo(video_id)
+        return file_response(request, objects_of(record.init, record.chunks), store, whole=video.status == "completed")
 
     @app.get("/v1/models")
     async def models() -> JSONResponse:

@@ -18,7 +18,9 @@ def event(
     logger: logging.Logger, name: str, video: VideoRequestRecord, level: int = logging.INFO, **fields: Any
 ) -> None:
     """Logs that `name` happened to a video."""
-    logger.log(level, name, extra={"video_id": video.id, "trace_id": trace_id(video.traceparent), **fields})
+    trace = None if video.traceparent is None else trace_id(video.traceparent)
+    exc_info = fields.pop("exc_info", None)
+    logger.log(level, name, exc_info=exc_info, extra={"video_id": video.id, "trace_id": trace, **fields})
 
 
 def log_with_serve() -> None:

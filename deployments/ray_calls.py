@@ -37,11 +37,13 @@ REPLICA_LOST = (
 )
 
 
-async def call_by_reference(handle: DeploymentHandle, method: str, *args: Any) -> tuple[ObjectRef, Any]:
+async def call_by_reference(
+    handle: DeploymentHandle, method: str, *args: Any, to_its_end: bool = False
+) -> tuple[ObjectRef, Any]:
     """Calls `method` on some replica and returns (reference to the value, report).
 
-    `args` at top level may be references: the replica gets their values. A cancelled caller cancels the call.
-    Raises as `errors_told_apart` says.
+    `args` at top level may be references: the replica gets their values. A cancelled caller cancels the call, or, if
+    it is `to_its_end`, waits for it as in `call_to_its_end`. Raises as `errors_told_apart` says.
     """
     with errors_told_apart():
         response = handle.options(method_name=method, stream=True, _by_reference=True).remote(*args)
@@ -49,7 +51,7 @@ async def call_by_reference(handle: DeploymentHandle, method: str, *args: Any) -
             items = await response._to_object_ref_gen()  # returns when a replica has accepted the call
             value, report = items._get_next_ref_n(2)  # looks ahead: iterating would fetch the value
             try:
-                result = await report
+                result = await (_ended(report) if to_its_end else report)
             except ObjectRefStreamEndOfStreamError:
                 await value  # the stream ended after one item: that item is the replica's error
                 raise
@@ -85,17 +87,22 @@ async def call_to_its_end(handle: DeploymentHandle, method: str, *args: Any) -> 
         except asyncio.CancelledError:
             response.cancel()
             raise
-        ended = asyncio.ensure_future(_value(result))
-        try:
-            return await asyncio.shield(ended)
-        except asyncio.CancelledError:
-            await asyncio.wait([ended])
-            ended.exception()  # nobody is left to hear of it
-            raise
+        return await _ended(result)
 
 
-async def _value(reference: ObjectRef) -> Any:
-    return await reference
+async def _ended(result: ObjectRef) -> Any:
+    """The result of a call that a replica has accepted. A cancelled caller is released when the call has ended."""
+
+    async def fetch() -> Any:
+        return await result
+
+    ended = asyncio.ensure_future(fetch())
+    try:
+        return await asyncio.shield(ended)
+    except asyncio.CancelledError:
+        await asyncio.wait([ended])
+        _ = ended.cancelled() or ended.exception()  # nobody is left to hear of it
+        raise
 
 
 def live_replicas(handle: DeploymentHandle) -> int:

@@ -16,7 +16,8 @@ Status = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
 
 
 class Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # What could not be validated may hold a prompt, which has no place in a log.
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
 
 class StoredObject(Record):
@@ -31,7 +32,7 @@ class Call(Record):
     """One call to a replica, for spans and logs. `traceparent`: the span that it is a part of; `attempt`: from 0."""
 
     video_id: str
-    traceparent: str
+    traceparent: str | None
     attempt: int = 0
 
 
@@ -88,7 +89,7 @@ class VideoRequestRecord(Record):
     id: str
     created_at: float  # Unix time
     spec: VideoSpec
-    traceparent: str
+    traceparent: str | None = None
     while_watched: bool = False
 
 
@@ -109,12 +110,51 @@ class VideoRecord(Record):
         return has_ended(self.status)
 
 
-class VideoStatus(Record):
-    """Where a video stands at this moment. `queue_position`: how many videos get a sampler before it; None if it does
-    not wait for one."""
+class Usage(Record):
+    """What a video took so far. `started_at`: when the sampling of its first chunk began (Unix time)."""
 
-    record: VideoRecord
-    queue_position: int | None = None
+    chunks: int
+    steps: int
+    sampler_seconds: float
+    started_at: float | None
+
+
+class VideoStatus(Record):
+    """Where a video stands at this moment: its record with the chunks, which may be hundreds, summed up.
+
+    `queue_position`: how many videos get a sampler before it; None if it does not wait for one.
+    """
+
+    id: str
+    created_at: float  # Unix time
+    spec: VideoSpec
+    status: Status
+    completed_at: float | None
+    error: VideoError | None
+    usage: Usage
+    queue_position: int | None
+
+    @classmethod
+    def of(cls, record: VideoRecord, queue_position: int | None) -> VideoStatus:
+        return cls(
+            id=record.id,
+            created_at=record.created_at,
+            spec=record.spec,
+            status=record.status,
+            completed_at=record.completed_at,
+            error=record.error,
+            usage=Usage(
+                chunks=len(record.chunks),
+                steps=sum(chunk.steps for chunk in record.chunks),
+                sampler_seconds=sum(chunk.timings.sample_seconds for chunk in record.chunks),
+                started_at=record.chunks[0].timings.sample_started_at if record.chunks else None,
+            ),
+            queue_position=queue_position,
+        )
+
+    @property
+    def ended(self) -> bool:
+        return has_ended(self.status)
 
 
 class News(Record):

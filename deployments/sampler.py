@@ -14,6 +14,7 @@ from deployments.logs import log_with_serve
 from deployments.records import Call, SampleReport, StoredObject
 from deployments.store import Store
 from deployments.tracing import Tracer
+from deployments.watchdog import Watchdog
 from helios_core.checkpoints import Checkpoint, placement, use_threads
 from helios_core.errors import Cancelled
 from helios_core.spec import VideoSpec
@@ -36,6 +37,10 @@ class Sampler:
         self._tracer = Tracer("sampler", config.trace_file)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sampler")
         self._free = asyncio.Lock()
+        self._watchdog = Watchdog(config.sampler.max_call_seconds)
+
+    def check_health(self) -> None:
+        self._watchdog.check()
 
     async def sample_chunk(
         self,
@@ -52,9 +57,12 @@ class Sampler:
         steps = spec.steps_of_chunk(index)
         stop = threading.Event()
         async with self._free:
-            with self._tracer.span(
-                "sample", call.traceparent, video_id=call.video_id, chunk=index, attempt=call.attempt
-            ) as span:
+            with (
+                self._watchdog.watching(),
+                self._tracer.span(
+                    "sample", call.traceparent, video_id=call.video_id, chunk=index, attempt=call.attempt
+                ) as span,
+            ):
                 started_at, clock = time.time(), time.perf_counter()
                 done = 0  # steps
 

@@ -120,34 +120,34 @@ class GetContent(Fields):
 
 def video_object(status: VideoStatus) -> dict[str, Any]:
     """The Video object of the OpenAI API, with our extensions."""
-    record, spec = status.record, status.record.spec
+    spec, usage = status.spec, status.usage
     # In the queue until the first chunk's sampling began, or to this day.
-    begun = record.chunks[0].timings.sample_started_at if record.chunks else record.completed_at or time.time()
+    begun = usage.started_at or status.completed_at or time.time()
     return {
-        "id": record.id,
+        "id": status.id,
         "object": "video",
         "model": spec.model,
-        "status": record.status,
+        "status": status.status,
         "queue_position": status.queue_position,
-        "progress": 100 * len(record.chunks) // spec.chunks,
-        "created_at": int(record.created_at),
-        "completed_at": None if record.completed_at is None else int(record.completed_at),
+        "progress": 100 * usage.chunks // spec.chunks,
+        "created_at": int(status.created_at),
+        "completed_at": None if status.completed_at is None else int(status.completed_at),
         "expires_at": None,
         "size": f"{spec.width}x{spec.height}",
         "seconds": str(spec.seconds).removesuffix(".0"),
         "prompt": spec.prompt,
         "remixed_from_video_id": None,
-        "error": None if record.error is None else record.error.model_dump(),
+        "error": None if status.error is None else status.error.model_dump(),
         "seed": spec.seed,
         "fps": spec.fps,
         "frames": spec.frames,
         "steps": list(spec.steps),
         "amplify_first_chunk": spec.amplify_first_chunk,
         "usage": {
-            "chunks": len(record.chunks),
-            "steps": sum(chunk.steps for chunk in record.chunks),
-            "sampler_seconds": sum(chunk.timings.sample_seconds for chunk in record.chunks),
-            "queue_seconds": max(0.0, begun - record.created_at),
+            "chunks": usage.chunks,
+            "steps": usage.steps,
+            "sampler_seconds": usage.sampler_seconds,
+            "queue_seconds": max(0.0, begun - status.created_at),
         },
     }
 

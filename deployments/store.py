@@ -164,6 +164,10 @@ class Store:
         names = (PurePosixPath(prefix).name for prefix in listing["common_prefixes"])
         return sorted((name for name in names if is_video_id(name)), reverse=True)
 
+    async def has(self, video_id: str) -> bool:
+        """Whether anything is stored of a video."""
+        return bool(await self._names(f"videos/{_checked(video_id)}"))
+
     async def request(self, video_id: str) -> VideoRequestRecord | None:
         """What was asked for, or None if there is no such video."""
         try:
@@ -182,11 +186,11 @@ class Store:
         terms = [int(match[1]) for name in names if (match := RECORD.fullmatch(name))]
         if not terms:
             return None
-        try:
-            data = await self.read(f"videos/{video_id}/record.t{max(terms)}.json")
-        except ObjectMissing:
-            return None  # deleted since
-        return VideoRecord.model_validate_json(data)
+        with self._errors():
+            try:
+                return await self._run(_fetch_record, f"videos/{video_id}/record.t{max(terms)}.json")
+            except FileNotFoundError:
+                return None  # deleted since
 
     async def put_init(self, video_id: str, data: bytes) -> StoredObject:
         """The ftyp + moov of a video."""
@@ -303,6 +307,11 @@ class Store:
 
 def _list_all(objects: Any, prefix: str) -> list[str]:
     return [item["path"] for part in obstore.list(objects, prefix) for item in part]
+
+
+def _fetch_record(objects: Any, key: str) -> VideoRecord:
+    # Parsed where it was read: that of a long video takes tens of milliseconds, which the event loop has not.
+    return VideoRecord.model_validate_json(obstore.get(objects, key).bytes().to_bytes())
 
 
 def _fetch(objects: Any, key: str, span: object) -> bytes:

@@ -11,6 +11,7 @@ from deployments.logs import log_with_serve, shown
 from deployments.records import Call
 from deployments.store import Store
 from deployments.tracing import Tracer
+from deployments.watchdog import Watchdog
 from helios_core.checkpoints import Checkpoint, placement, use_threads
 
 
@@ -25,12 +26,19 @@ class TextEncoder:
         self._store = Store(config.store)
         self._tracer = Tracer("text_encoder", config.trace_file)
         self._log_prompts = config.log_prompts
+        self._watchdog = Watchdog(config.text_encoder.max_call_seconds)
+
+    def check_health(self) -> None:
+        self._watchdog.check()
 
     async def encode(self, call: Call, prompt: str) -> AsyncIterator[Any]:
         """First the prompt's TextEmbeddings, then the StoredObject that they are stored as, with the video."""
         prompt_shown = shown(prompt, self._log_prompts)
-        with self._tracer.span(
-            "encode prompt", call.traceparent, video_id=call.video_id, attempt=call.attempt, prompt=prompt_shown
+        with (
+            self._watchdog.watching(),
+            self._tracer.span(
+                "encode prompt", call.traceparent, video_id=call.video_id, attempt=call.attempt, prompt=prompt_shown
+            ),
         ):
             text = await asyncio.to_thread(self._encoder.encode, prompt)
             stored = await self._store.put_text(call.video_id, text.digest, text.to_bytes())

@@ -43,8 +43,8 @@ class Turns:
         place = Waiting(video_id, turns, next(self._asked))
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting[video_id] = place, turn
-        self._grant()
         try:
+            self._grant()
             await turn
             yield
         finally:

@@ -13,6 +13,7 @@ from deployments.logs import log_with_serve
 from deployments.records import Call, ChunkRecord, Rendered, SampleReport, Timings
 from deployments.store import Store
 from deployments.tracing import Tracer, traceparent
+from deployments.watchdog import Watchdog
 from helios_core.checkpoints import Checkpoint, placement, use_threads
 from helios_core.media.fragments import Fragment, encode_fragment
 from helios_core.spec import VideoSpec
@@ -31,6 +32,10 @@ class VaeDecoder:
         self._store = Store(config.store)
         self._tracer = Tracer("vae_decoder", config.trace_file)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="vae")
+        self._watchdog = Watchdog(config.vae_decoder.max_call_seconds)
+
+    def check_health(self) -> None:
+        self._watchdog.check()
 
     async def render_chunk(
         self, call: Call, spec: VideoSpec, term: int, state: StreamState, sampled: SampleReport
@@ -40,9 +45,12 @@ class VaeDecoder:
         Repeatable: the same arguments store the same bytes under the same keys.
         """
         index, video_id = state.chunk_index - 1, call.video_id
-        with self._tracer.span(
-            "render", call.traceparent, video_id=video_id, chunk=index, attempt=call.attempt
-        ) as render:
+        with (
+            self._watchdog.watching(),
+            self._tracer.span(
+                "render", call.traceparent, video_id=video_id, chunk=index, attempt=call.attempt
+            ) as render,
+        ):
             fragment, decode_seconds, encode_seconds = await asyncio.get_running_loop().run_in_executor(
                 self._thread, self._render, spec, state, render
             )

@@ -123,7 +123,6 @@ QUERIES: dict[str, tuple[str, list[str]]] = {
     f"{PAGE}?limit=1&limit=x": ("limit", ["x"]),
     f"{PAGE}?order=newest": ("order", ["newest", "asc", "desc"]),
     f"{PAGE}?order=": ("order", ["asc", "desc"]),
-    f"{PAGE}?after={UNKNOWN}": ("after", [UNKNOWN, "id of a video"]),
     f"{PAGE}?after=../../etc": ("after", ["../../etc", "id of a video"]),
     f"{PAGE}?after=": ("after", ["id of a video"]),
     f"{PAGE}?after=%00%ff": ("after", ["id of a video"]),

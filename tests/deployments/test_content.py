@@ -64,7 +64,13 @@ async def ended(service: LocalService, video_id: str) -> VideoRecord:
     seen = 0
     while not (news := await service.director.news(video_id, seen)).ended:
         seen += len(news.chunks)
-    return (await service.director.get(video_id)).record
+    return await stored(service, video_id)
+
+
+async def stored(service: LocalService, video_id: str) -> VideoRecord:
+    record = await service.store.record(video_id)
+    assert record is not None
+    return record
 
 
 async def running(service: LocalService, at: str = "sample 1") -> str:
@@ -244,7 +250,7 @@ async def test_if_range(service: LocalService, validator: str, status: int) -> N
 
 async def test_a_download_whose_objects_vanish_is_cut_off(service: LocalService) -> None:
     video_id, _ = await put_video(service)
-    record = (await service.director.get(video_id)).record
+    record = await stored(service, video_id)
     objects = objects_of(record.init, record.chunks)
     body = file_bytes(objects, service.store, 0, SIZE)
     await anext(body)
@@ -253,7 +259,7 @@ async def test_a_download_whose_objects_vanish_is_cut_off(service: LocalService)
         await anext(body)
 
     broken, _ = await put_video(service)
-    os.unlink(f"{service.store.url}/{(await service.director.get(broken)).record.chunks[1].fragment.key}")
+    os.unlink(f"{service.store.url}/{(await stored(service, broken)).chunks[1].fragment.key}")
     with pytest.raises(CutOff):
         await get(service, broken)
 
@@ -297,7 +303,7 @@ async def test_live_bytes_come_while_the_video_is_made_and_are_the_file(service:
     video_id = await running(service)  # one chunk is committed, or about to be
     live = live_bytes(partial(service.director.news, video_id), service.store)
     first = await anext(live) + await anext(live)
-    assert (await service.director.get(video_id)).record.status == "in_progress"
+    assert (await service.director.get(video_id)).status == "in_progress"
     early = asyncio.create_task(get(service, video_id))
     service.graph.gate("sample 1").open()
     rest = b"".join([data async for data in live])
@@ -441,8 +447,9 @@ async def test_a_stream_whose_client_hangs_up_is_cancelled(
     assert (await ended(service, await only_video(service))).status == "cancelled"
 
 
-async def test_a_viewer_who_is_slow_still_watches(service: LocalService) -> None:
+async def test_a_viewer_who_is_slow_still_watches(service: LocalService, monkeypatch: pytest.MonkeyPatch) -> None:
     """While it takes its time with what was sent, the Director knows of it."""
+    monkeypatch.setattr("deployments.content.STAY_AFTER_S", 0.0)
     service.graph.gate("sample 2")
     watching = []
 
@@ -524,8 +531,7 @@ async def test_a_page_shows_running_videos_as_they_stand(service: LocalService) 
 
 async def test_the_queue_position_is_told(service: LocalService) -> None:
     video_id, _ = await put_video(service)
-    record = (await service.director.get(video_id)).record
-    assert video_object(VideoStatus(record=record, queue_position=3))["queue_position"] == 3
+    assert video_object(VideoStatus.of(await stored(service, video_id), 3))["queue_position"] == 3
 
 
 # Tracing and metrics

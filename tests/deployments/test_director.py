@@ -6,6 +6,7 @@ Order is asserted, never time: a gate holds a call until the test has seen what 
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from deployments.config import AppConfig
-from deployments.director import Director, InputLost, NoSuchVideo, ReplicaLost
+from deployments.director import Director, InputLost, NoSuchVideo, ReplicaLost, Unreadable
 from deployments.records import (
     Call,
     ChunkRecord,
@@ -25,12 +26,14 @@ from deployments.records import (
     VideoError,
     VideoRecord,
     VideoRequestRecord,
+    VideoStatus,
 )
 from deployments.store import Store, StoreUnavailable, new_video_id
 from deployments.tracing import Tracer
 from helios_core.config import CHUNK_FRAMES
 from helios_core.errors import HeliosError, InvalidInput, MediaError
 from helios_core.spec import VideoSpec
+from helios_core.state import StreamState
 from tests.deployments.local import LocalGraph
 
 PROMPT = "a red sun over a blue sea"
@@ -126,10 +129,15 @@ class Rig:
         return self
 
     async def create(self, chunks: int = 3, prompt: str = PROMPT) -> str:
-        return (await self.director.create(request(chunks, prompt))).record.id
+        return (await self.director.create(request(chunks, prompt))).id
 
     async def get(self, video_id: str) -> VideoRecord:
-        return (await self.director.get(video_id)).record
+        """The record by which the Director says how the video stands."""
+        status = await self.director.get(video_id)
+        running = self.director._running.get(video_id)
+        record = await self.store.record(video_id) if running is None else running.record
+        assert record is not None and status == VideoStatus.of(record, status.queue_position)
+        return record
 
     async def watch(self, video_id: str, from_chunk: int = 0) -> AsyncGenerator[Event, None]:
         """Each chunk from `from_chunk` on as it is committed, and the record of the ended video."""
@@ -154,7 +162,8 @@ class Rig:
 
 
 @pytest.fixture
-async def rig(tmp_path: Path) -> Rig:
+async def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rig:
+    monkeypatch.setattr("deployments.director.RETRY_AFTER_S", (0.0, 0.0, 0.0))
     return await Rig(tmp_path / "store").start()
 
 
@@ -210,8 +219,8 @@ async def test_a_chunk_arrives_when_it_is_committed_and_before_the_next_is_sampl
 async def test_status_goes_from_queued_to_completed(rig: Rig) -> None:
     encode, sample = rig.graph.gate("encode"), rig.graph.gate("sample 0")
     asked = request()
-    created = (await rig.director.create(asked)).record
-    assert created == VideoRecord(id=asked.id, created_at=asked.created_at, spec=asked.spec, status="queued")
+    created = VideoRecord(id=asked.id, created_at=asked.created_at, spec=asked.spec, status="queued")
+    assert await rig.director.create(asked) == VideoStatus.of(created, None)
     await encode.reached.wait()
     assert await rig.get(asked.id) == created
     assert (await rig.store.request(asked.id), await rig.store.active()) == (asked, [asked.id])
@@ -292,7 +301,7 @@ async def test_a_video_made_for_its_watchers_ends_when_none_comes(rig: Rig, monk
     rig.graph.gate("sample 0")
     asked = request().model_copy(update={"while_watched": True})
     await rig.director.create(asked)
-    await asyncio.wait([rig.director._running[asked.id].task])
+    await asyncio.wait([rig.director._running[asked.id].leading])
     assert (await rig.ended(asked.id)).status == "cancelled"
 
 
@@ -308,9 +317,9 @@ async def test_a_video_made_for_its_watchers_ends_after_the_last_one(rig: Rig, m
     video = rig.director._running[asked.id]
     assert video.unwatched is not None and video.watchers == 1
     rig.director._cancel_unwatched(video)  # as the clock would, a while after the first one left
-    assert not video.task.cancelling()
+    assert not video.cancelled
     watching[1].cancel()
-    await asyncio.wait([*watching, video.task])
+    await asyncio.wait([*watching, video.leading])
     record = await rig.ended(asked.id)
     assert (record.status, len(record.chunks)) == ("cancelled", 1)
 
@@ -344,7 +353,8 @@ async def test_a_foreign_error_is_told_to_the_log_and_not_to_the_client(
     failed = await rig.ended(video_id)
     assert failed.status == "failed"
     assert failed.error == VideoError(code="internal_error", message="the service failed while making this video")
-    assert video_id in caplog.text and "an inner detail" in caplog.text
+    (told,) = [entry for entry in caplog.records if entry.levelname == "ERROR"]
+    assert vars(told)["video_id"] == video_id and "an inner detail" in caplog.text
 
 
 @pytest.mark.parametrize("point", ["encode", "sample 1", "render 0", "render 1"])
@@ -453,7 +463,7 @@ async def test_a_cancelled_video_keeps_what_was_committed(rig: Rig, point: str, 
     await under_way.reached.wait()
     twice = await asyncio.gather(rig.director.cancel(video_id), rig.director.cancel(video_id))
     record = await rig.ended(video_id)
-    assert [status.record for status in twice] == [record, record]
+    assert list(twice) == [VideoStatus.of(record, None)] * 2
     assert (record.status, record.error, len(record.chunks)) == ("cancelled", None, committed)
     assert await rig.watched(video_id) == [*record.chunks, record]
     for chunk in record.chunks:
@@ -468,13 +478,13 @@ async def test_cancelling_comes_too_late_once_the_end_is_being_written(rig: Rig)
     cancelling = asyncio.ensure_future(rig.director.cancel(video_id))
     await asyncio.sleep(0)  # it asks
     rig.store.end_gate.open()
-    assert (await cancelling).record.status == (await rig.ended(video_id)).status == "completed"
+    assert (await cancelling).status == (await rig.ended(video_id)).status == "completed"
 
 
 async def test_cancelling_an_ended_video_does_nothing(rig: Rig) -> None:
     video_id = await rig.create(chunks=1)
     record = await rig.ended(video_id)
-    assert (await rig.director.cancel(video_id)).record == record
+    assert await rig.director.cancel(video_id) == VideoStatus.of(record, None)
     assert record.status == "completed"
     assert await rig.ended(video_id) == record
 
@@ -539,3 +549,70 @@ async def test_an_unreadable_video_does_not_keep_a_director_from_starting(rig: R
     second = await Rig(rig.folder).start()
     assert (await second.ended(unfinished.id)).status == "failed"
     assert (await second.ended(await second.create(chunks=1))).status == "completed"
+
+
+async def test_a_video_that_nobody_makes_is_shown_as_interrupted(rig: Rig) -> None:
+    """As when a Director could not close it: whoever asks must not wait for news for ever."""
+    unfinished = request()
+    await rig.store.accept(unfinished)
+    record = VideoRecord(id=unfinished.id, created_at=1.0, spec=unfinished.spec, status="in_progress")
+    await rig.store.put_record(record, 1)
+    status, news = await rig.director.get(unfinished.id), await rig.director.news(unfinished.id, 0)
+    assert (status.status, news.status) == ("failed", "failed")
+    assert status.error is not None and status.error.code == "interrupted"
+
+
+async def test_a_video_of_another_version_can_only_be_deleted(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    video_id = await rig.create(chunks=1)
+    await rig.ended(video_id)
+    for name in ("request.json", "record.t1.json"):
+        (rig.folder / "videos" / video_id / name).write_text('{"id": 1, "spec": {"prompt": "a secret prompt"}}')
+    for ask in (rig.director.get, rig.director.cancel, lambda one: rig.director.news(one, 0)):
+        with pytest.raises(Unreadable, match=f"^video {video_id} was stored by another version"):
+            await ask(video_id)
+    assert "unreadable" in caplog.text and "secret" not in caplog.text
+    assert (await rig.director.page(10)).videos == ()
+    await rig.director.delete(video_id)
+    assert not (rig.folder / "videos" / video_id).exists()
+    with pytest.raises(NoSuchVideo):
+        await rig.director.delete(video_id)
+
+
+async def test_pages_go_on_over_what_cannot_be_shown(rig: Rig) -> None:
+    ids = [await rig.create(chunks=1) for _ in range(3)]
+    for video_id in ids:
+        await rig.ended(video_id)
+    ids.sort(reverse=True)
+    await rig.store.accept(request())  # by a Director that died before it said so
+    (rig.folder / "videos" / ids[1] / "record.t1.json").write_text("{}")
+    first = await rig.director.page(1)
+    assert ([video.id for video in first.videos], first.has_more) == (ids[:1], True)
+    second = await rig.director.page(1, after=ids[0])
+    assert ([video.id for video in second.videos], second.has_more) == (ids[2:], False)
+    await rig.director.delete(ids[0])
+    assert await rig.director.page(1, after=ids[0]) == second
+
+
+@pytest.mark.parametrize("end", ["cancelled", "failed", "input lost"])
+async def test_no_reference_to_a_state_outlives_its_video(rig: Rig, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    """Also when Python's own collector sees no reason to work."""
+    collect, collected = gc.collect, asyncio.Event()
+    monkeypatch.setattr("deployments.director.COLLECT_AFTER_S", 0.3)
+    monkeypatch.setattr(gc, "collect", lambda: collected.set() or collect())
+    collect()
+    gc.disable()
+    try:
+        reached = rig.graph.gate("sample 2").open().reached
+        if end == "failed":
+            rig.graph.losses[PROMPT, "sample 2"] = [MediaError("fragment 2: no frames")]
+        if end == "input lost":
+            rig.graph.losses[PROMPT, "sample 2"] = [InputLost("gone")]
+        video_id = await rig.create()
+        await reached.wait()
+        if end == "cancelled":
+            await rig.director.cancel(video_id)
+        await rig.ended(video_id)
+        await collected.wait()
+        assert [thing for thing in gc.get_objects() if isinstance(thing, StreamState)] == []
+    finally:
+        gc.enable()

@@ -15,6 +15,7 @@ from deployments.records import Call, StoredObject
 from deployments.sampler import Sampler
 from deployments.store import Store, new_video_id
 from deployments.text_encoder import TextEncoder
+from deployments.watchdog import Overdue, Watchdog
 from helios_core.spec import VideoSpec
 
 SPEC = VideoSpec("a red sun", "demo", 64, 64, 2 * 33 / 24, 1, (2, 2, 2), False)
@@ -66,3 +67,18 @@ async def test_pace_changes_no_bit_and_inputs_may_come_from_the_store(config: Ca
     assert isinstance(stored_text, StoredObject)
     expected = (await sampled(Sampler(config(0.0)), text, first, 1)).to_bytes()
     assert (await sampled(Sampler(config(0.2)), stored_text, stored_state, 1)).to_bytes() == expected
+
+
+def test_a_call_that_does_not_end_makes_its_replica_unhealthy() -> None:
+    now = 100.0
+    watchdog = Watchdog(60.0, clock=lambda: now)
+    watchdog.check()
+    with watchdog.watching():
+        now = 150.0
+        with watchdog.watching():  # of two calls the longer one counts
+            now = 160.0
+            watchdog.check()
+            now = 161.0
+            with pytest.raises(Overdue, match=r"taken 61 s; allowed: max_call_seconds 60"):
+                watchdog.check()
+    watchdog.check()

@@ -1,0 +1,754 @@
+"""Races of the Director's loop: hundreds of seeded interleavings of all that can happen to a plain Director.
+
+One interleaving is one World: a few videos, made by a Director over a Graph that computes hashes instead of pixels and
+over a real Store, while viewers come and go, cancel, delete and list, replicas and references are lost, and puts fail.
+Every delay is drawn from the seed, in whole seconds of virtual time and in rounds of the event loop, so that many
+things happen at the same moment, and the same seed is the same World. At the end it must be as was promised.
+
+One seed alone, with its log: `python -m tests.deployments.test_races SEED`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import hashlib
+import logging
+import math
+import random
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import obstore
+import pytest
+
+from deployments.director import (
+    RETRY_AFTER_S,
+    UNWATCHED_S,
+    Director,
+    InputLost,
+    Lost,
+    NoSuchVideo,
+    ReplicaLost,
+    RunningVideo,
+)
+from deployments.records import (
+    Call,
+    ChunkRecord,
+    Rendered,
+    SampleReport,
+    StoredObject,
+    Timings,
+    VideoRecord,
+    VideoRequestRecord,
+    VideoStatus,
+)
+from deployments.store import Store, StoreUnavailable
+from deployments.tracing import Tracer
+from helios_core.config import CHUNK_FRAMES
+from helios_core.errors import MediaError
+from helios_core.spec import VideoSpec
+from tests.deployments.virtual_time import VirtualTime, run_in_virtual_time
+
+T = TypeVar("T")
+
+RETRIES = len(RETRY_AFTER_S)  # of a chunk
+TRACER = Tracer("director")
+TRACEPARENT = f"00-{'1' * 32}-{'2' * 16}-01"
+SAMPLERS = 3  # at most
+
+
+# What is computed: a chain of hashes
+
+
+@dataclass(frozen=True)
+class Text:
+    """A reference to a prompt's embeddings."""
+
+    data: bytes
+
+
+@dataclass(frozen=True)
+class State:
+    """A reference to the state after `index` chunks."""
+
+    index: int
+    data: bytes
+
+
+def text_of(prompt: str) -> bytes:
+    return f"text of {prompt}".encode()
+
+
+def next_state(text: bytes, state: bytes) -> bytes:
+    return hashlib.sha256(text + state).hexdigest().encode()
+
+
+def fragment_of(state: bytes) -> bytes:
+    return b"fragment of " + state
+
+
+def undisturbed(spec: VideoSpec) -> list[str]:
+    """The digests of the fragments that a video has, whatever happens to it or to others."""
+    text, state, digests = text_of(spec.prompt), b"", list[str]()
+    for _ in range(spec.chunks):
+        state = next_state(text, state)
+        digests.append(hashlib.sha256(fragment_of(state)).hexdigest())
+    return digests
+
+
+# One interleaving
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """What shall happen to a video's calls and puts. Probabilities are per point at which it can."""
+
+    replica_lost: float = 0.0
+    input_lost: float = 0.0
+    fails_at: int = 0  # the point at which an error of ours is raised
+    store_fails: float = 0.0
+
+
+NONE = Trouble()
+
+
+@dataclass
+class View:
+    """What a watcher who stayed got: the chunks from `start` on, and the status in the end. None: it was deleted."""
+
+    start: int
+    chunks: list[ChunkRecord]
+    status: str | None
+
+
+class Video:
+    """One video: its trouble, and what happened to it."""
+
+    def __init__(self, request: VideoRequestRecord, trouble: Trouble) -> None:
+        self.id, self.request, self.trouble = request.id, request, trouble
+        self.points = 0  # passed by its calls
+        self.under_way: Counter[str] = Counter()  # calls, by part
+        self.raised: list[Exception] = []  # by calls whose callers were there to hear
+        self.store_failed = False
+        self.stored: VideoRecord | None = None  # the record in the store
+        self.created_at = math.inf  # when it was asked for
+        self.created = False  # its creator has heard of it
+        self.cancelled = False  # somebody asked for it while there was something to cancel
+        self.deletions = self.deleted = 0  # asked for; done
+        self.watched_throughout = False
+        self.views: list[View] = []
+
+    def refused(self) -> bool:
+        """Whether its creation may have failed."""
+        return self.store_failed and not self.created
+
+
+class World:
+    """`seen` counts the races that it had; `wrong` says which promises were broken."""
+
+    def __init__(self, seed: int, folder: Path) -> None:
+        self.random = random.Random(seed)
+        self.folder = folder
+        self.seen: Counter[str] = Counter()
+        self.wrong: list[str] = []
+        self.people: list[asyncio.Task[None]] = []
+        self.samplers = self.random.randint(1, SAMPLERS)
+        self.videos = {video.id: video for video in map(self.drawn_video, range(self.random.randint(2, 4)))}
+        self.store = RacingStore(self)
+        self.director: Director
+
+    def drawn_video(self, k: int) -> Video:
+        draw = self.random
+        chunks = draw.randint(1, 5)
+        spec = VideoSpec(
+            prompt=f"video {k}",
+            model="demo",
+            width=64,
+            height=64,
+            seconds=chunks * CHUNK_FRAMES / 24,
+            seed=1,
+            steps=(1, 1, 1),
+            amplify_first_chunk=False,
+        )
+        trouble = draw.choice(
+            (
+                NONE,
+                NONE,
+                Trouble(replica_lost=draw.choice((0.03, 0.1, 0.3)), input_lost=draw.choice((0, 0.03))),
+                Trouble(replica_lost=draw.choice((0, 0.03)), input_lost=draw.choice((0.03, 0.1, 0.3))),
+                Trouble(fails_at=draw.randint(1, 8 * chunks), input_lost=draw.choice((0, 0.1))),
+                Trouble(store_fails=draw.choice((0.03, 0.1, 0.3))),
+            )
+        )
+        return Video(
+            VideoRequestRecord(
+                id=f"video_{k:032x}",
+                created_at=1.0,
+                spec=spec,
+                traceparent=TRACEPARENT,
+                while_watched=draw.random() < 0.25,
+            ),
+            trouble,
+        )
+
+    # Chance and time
+
+    def saw(self, race: str) -> None:
+        self.seen[race] += 1
+
+    def check(self, holds: bool, otherwise: str) -> None:
+        if not holds:
+            self.wrong.append(f"{self.now():g} s: {otherwise}")
+
+    def now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    async def pause(self, most: int) -> None:
+        """Some rounds of the loop, and at most so many seconds."""
+        for _ in range(self.random.randrange(3)):
+            await asyncio.sleep(0)
+        if seconds := self.random.randint(0, most):
+            await asyncio.sleep(seconds)
+
+    def later(self, step: Callable[[], Any]) -> None:
+        loop, draw = asyncio.get_running_loop(), self.random.random()
+        if draw < 0.8:
+            loop.call_soon(step)
+        else:
+            loop.call_later(1, step)
+
+    # What people do
+
+    async def run(self) -> World:
+        asyncio.get_running_loop().set_default_executor(self.store._threads)
+        self.director = await Director.start(RacingGraph(self), self.store, TRACER)
+        for second, action in self.actions():
+            self.start(self.at(second, action))
+        while others := asyncio.all_tasks() - {asyncio.current_task()}:
+            await asyncio.wait(others)  # what never ends is found out by the clock
+        for task in self.people:
+            if error := task.exception():
+                self.check(False, f"a caller got {error!r}")
+        await asyncio.sleep(5)  # the store's last steps
+        await self.check_end()
+        return self
+
+    def actions(self) -> Iterator[tuple[int, Coroutine[Any, Any, None]]]:
+        """Each with the second at which it begins."""
+        draw = self.random
+        for video in self.videos.values():
+            length = 2 + 7 * video.request.spec.chunks
+            yield draw.randrange(4), self.create(video)
+            if draw.random() < 0.4:
+                yield draw.randrange(4, 8), self.watch(video, 0)
+            actions: tuple[tuple[Callable[[Video], Coroutine[Any, Any, None]], float], ...] = (
+                (self.cancel, 0.25),
+                (self.delete, 0.25),
+                (self.get, 0.5),
+                (self.watch_from_somewhere, 0.6),
+                (self.watch_and_leave, 0.3),
+            )
+            for action, likely in actions:
+                while draw.random() < likely:
+                    yield draw.randrange(length), action(video)
+        for other in (self.page, self.scale, self.metrics):
+            while draw.random() < 0.6:
+                yield draw.randrange(30), other()
+
+    async def at(self, second: int, action: Coroutine[Any, Any, None]) -> None:
+        await asyncio.sleep(second)
+        await self.pause(0)
+        await action
+
+    def start(self, action: Coroutine[Any, Any, None]) -> None:
+        self.people.append(asyncio.create_task(action))
+
+    def perhaps_stopped(self, video: Video, likely: float) -> None:
+        """Somebody may act at this very moment."""
+        if self.is_running(video) and self.random.random() < likely:
+            self.start(self.at(0, self.random.choice((self.cancel, self.cancel, self.delete))(video)))
+
+    async def perhaps_leaving(self, call: Coroutine[Any, Any, T]) -> T | None:
+        """What the call returns; None to a caller who left."""
+        task = asyncio.create_task(call)
+        if self.random.random() < 0.2:
+            await asyncio.sleep(0)
+            await self.pause(1)
+            task.cancel()
+        await asyncio.wait([task])
+        return None if task.cancelled() else task.result()
+
+    async def create(self, video: Video) -> None:
+        video.created_at = self.now()
+        try:
+            status = await self.perhaps_leaving(self.director.create(video.request))
+        except StoreUnavailable:
+            self.check(video.store_failed, f"{video.id} was refused")
+        else:
+            video.created = status is not None
+
+    async def watch_from_somewhere(self, video: Video) -> None:
+        await self.watch(video, self.random.choice((0, 0, 1, 2, 5)))
+
+    async def watch_and_leave(self, video: Video) -> None:
+        await self.perhaps_leaving(self.watch(video, 0))
+
+    async def watch(self, video: Video, start: int) -> None:
+        self.note_joining(video)
+        joined_at, view, status = self.now(), View(start, [], None), None
+        while status is None:
+            try:
+                news = await self.director.news(video.id, start + len(view.chunks))
+            except NoSuchVideo:
+                self.check(bool(video.deletions) or not view.chunks, f"{video.id} is not there for its watcher")
+                if not view.chunks:
+                    return
+                break
+            view.chunks += news.chunks
+            self.check(news.init is not None or not news.chunks, "chunks without init")
+            status = news.status if news.ended else None
+        view.status = status
+        video.views.append(view)
+        # Its first question came before the clock could, and there was no gap after it.
+        video.watched_throughout |= joined_at - video.created_at < UNWATCHED_S - 1
+
+    def note_joining(self, video: Video) -> None:
+        if (running := self.running(video)) is not None:
+            missing = video.request.spec.chunks - len(running.record.chunks)
+            if missing <= 1:
+                self.saw("a watcher joined at the last chunk" if missing else "a watcher joined after the last commit")
+
+    def running(self, video: Video) -> RunningVideo | None:
+        return self.director._running.get(video.id)
+
+    def is_running(self, video: Video) -> bool:
+        return (running := self.running(video)) is not None and not running.record.ended
+
+    async def cancel(self, video: Video) -> None:
+        created = video.created
+
+        async def cancel() -> None:
+            running = self.running(video)
+            self.note("cancelled", video)
+            if running is not None and not running.making.done():
+                video.cancelled = True
+                if running.making.cancelling() and not running.cancelled:
+                    self.saw("cancelled while it makes a new start")
+            status = await self.director.cancel(video.id)
+            self.check(status.ended, f"{video.id} is {status.status} after it was cancelled")
+
+        try:
+            await self.perhaps_leaving(cancel())
+        except NoSuchVideo:
+            self.check(not created or video.deletions > 0, f"{video.id} is not there")
+
+    async def delete(self, video: Video) -> None:
+        created = video.created
+
+        async def delete() -> None:
+            self.note("deleted", video)
+            if video.id in self.director._hidden:
+                self.saw("deleted while another deletes it")
+            video.deletions += 1
+            await self.director.delete(video.id)
+            video.deleted += 1
+            with pytest.raises(NoSuchVideo):
+                await self.director.get(video.id)
+
+        try:
+            await self.perhaps_leaving(delete())
+        except NoSuchVideo:
+            self.check(not created or video.deletions > 1, f"{video.id} is not there")
+        except StoreUnavailable:
+            self.check(video.store_failed, f"{video.id}: the store failed its deletion")
+
+    def note(self, what: str, video: Video) -> None:
+        """Counts the race of a caller with what is under way."""
+        for part in +video.under_way:
+            self.saw(f"{what} while {part} is under way")
+        if self.director._turns.place(video.id) is not None:
+            self.saw(f"{what} while it waits for its turn")
+
+    async def get(self, video: Video) -> None:
+        """Where it stands never goes back, once it is there."""
+        if not video.created:
+            return
+        before = await self.status(video)
+        for _ in range(4):
+            await self.pause(2)
+            now = await self.status(video)
+            if before is None or now is None:
+                self.check(bool(video.deletions), f"{video.id} is gone")
+                return
+            self.check(now.usage.chunks >= before.usage.chunks, f"{video.id}: its chunks went back")
+            self.check(not before.ended or now == before, f"{video.id} changed after its end")
+            before = now
+
+    async def status(self, video: Video) -> VideoStatus | None:
+        try:
+            return await self.director.get(video.id)
+        except NoSuchVideo:
+            return None
+
+    async def page(self) -> None:
+        limit, newest_first = self.random.randint(1, 4), self.random.random() < 0.5
+        after = self.random.choice((None, *self.videos))
+        page = await self.director.page(limit, after, newest_first)
+        ids = [status.id for status in page.videos]
+        self.check(ids == sorted(ids, reverse=newest_first) and after not in ids and len(ids) <= limit, f"page {ids}")
+
+    async def scale(self) -> None:
+        self.samplers = self.random.randint(1, SAMPLERS)
+
+    async def metrics(self) -> None:
+        await self.director.metrics()
+
+    # What must be so in the end
+
+    def was_put(self, key: str, data: bytes) -> None:
+        """What is stored never goes back: behind no commit and no end."""
+        if "/record." not in key:
+            return
+        record = VideoRecord.model_validate_json(data)
+        video = self.videos[record.id]
+        if (before := video.stored) is not None and not video.store_failed:
+            self.check(not before.ended, f"{video.id} was written after its end")
+            self.check(record.chunks[: len(before.chunks)] == before.chunks, f"{video.id}: the stored record went back")
+        video.stored = record
+        if len(record.chunks) == record.spec.chunks and self.is_running(video) and self.random.random() < 0.3:
+            self.start(self.at(0, self.watch_from_somewhere(video)))
+
+    async def check_end(self) -> None:
+        director, loop = self.director, asyncio.get_running_loop()
+        assert isinstance(loop, VirtualTime)
+        gc.collect()  # an error that nobody heard of is told when its task is forgotten
+        self.check(loop.timers() == [], f"timers are left: {loop.timers()}")
+        turns = director._turns
+        left = (turns.sampling, turns.waiting, turns._waiting, turns._turns, turns._look_again)
+        self.check(left == (0, 0, {}, {}, None), f"turns are left: {left}")
+        self.check(director._metrics._clocks == {}, "the metrics keep a video")
+        self.check(director._hidden == set(), "a deletion is under way for ever")
+        for video_id, running in director._running.items():
+            lost = self.videos[video_id].store_failed and running.record.ended and running.watchers == 0
+            self.check(lost, f"{video_id} runs for ever")
+        active = await self.store.active()
+        self.check(all(self.videos[video_id].store_failed for video_id in active), f"active: {active}")
+        for video in self.videos.values():
+            await self.check_video(video)
+            if not video.store_failed:
+                await self.check_files(video)
+            video.trouble = NONE
+        await Director.start(RacingGraph(self), self.store, TRACER)  # it mends what a store that was away has left
+        self.check(await self.store.active() == [], "the next Director left a video active")
+        for video in self.videos.values():
+            await self.check_files(video)
+
+    async def check_video(self, video: Video) -> None:
+        spec = video.request.spec
+        losses = sum(isinstance(error, Lost) for error in video.raised)
+        self.check(losses <= (RETRIES + 1) * spec.chunks, f"{video.id}: {losses} losses")
+        try:
+            record = await self.director._record(video.id)
+        except NoSuchVideo:
+            self.check(bool(video.deletions) or video.refused(), f"{video.id} is not there")
+            if video.stored is not None:
+                self.check_views(video, video.stored, strict=False)
+            return
+        self.check(not video.deleted, f"{video.id} was deleted")
+        self.check_views(video, record, strict=not video.deletions)
+        self.check(video.store_failed or record == video.stored, f"{video.id} is not as it is stored")
+        digests = [chunk.fragment.sha256 for chunk in record.chunks]
+        self.check(digests == undisturbed(spec)[: len(digests)], f"{video.id} has other bytes")
+        allowed = self.allowed_ends(video, losses)
+        end = record.status if record.error is None else record.error.code
+        self.check(end in allowed, f"{video.id} is {end}, not {' or '.join(allowed)}: {record.error}")
+        self.check(end != "completed" or len(digests) == spec.chunks, f"{video.id} has {len(digests)} chunks")
+        self.saw(f"ended: {end}")
+        if end == "cancelled" and not video.cancelled and not video.deletions:
+            self.saw("ended unwatched")
+
+    def allowed_ends(self, video: Video, losses: int) -> list[str]:
+        """How a video may have ended after what happened to it."""
+        failed = any(isinstance(error, MediaError) for error in video.raised)
+        unwatched = video.request.while_watched and not video.watched_throughout
+        allowed = []
+        if not failed and not video.cancelled:
+            allowed.append("completed")
+        if not failed and (video.cancelled or video.deletions or unwatched):
+            allowed.append("cancelled")
+        if failed:
+            allowed.append(MediaError.code)
+        if losses > RETRIES:
+            allowed.append("chunk_lost")
+        if video.store_failed:
+            allowed.append("store_unavailable")
+        return allowed
+
+    def check_views(self, video: Video, record: VideoRecord, strict: bool) -> None:
+        """Each watcher got every chunk once, in order, and the end."""
+        for view in video.views:
+            expected = list(record.chunks[view.start :])
+            if view.status is None or not strict:
+                self.check(view.chunks == expected[: len(view.chunks)], f"{video.id}: a watcher saw other chunks")
+            else:
+                self.check(view.chunks == expected, f"{video.id}: a watcher saw {len(view.chunks)} chunks")
+                self.check(view.status == record.status, f"{video.id}: a watcher saw it {view.status}")
+
+    async def check_files(self, video: Video) -> None:
+        """The store has what the record names, and nothing besides."""
+        folder = self.folder / "videos" / video.id
+        files = {str(path.relative_to(self.folder)) for path in folder.rglob("*") if path.is_file()}
+        if video.deleted or not files:
+            self.check(files == set() and not folder.exists(), f"{video.id} was deleted, and has left {files}")
+            self.check(bool(video.deletions) or video.refused(), f"{video.id} has no files")
+            return
+        record = await self.store.record(video.id)
+        self.check(await self.store.request(video.id) is not None, f"{video.id} has no request, but {files}")
+        if record is None:
+            self.check(video.refused(), f"{video.id} has no record")
+            return
+        named = [chunk.fragment for chunk in record.chunks] + [chunk.state for chunk in record.chunks[-1:]]
+        large = {name for name in files if "/chunks/" in name or "/states/" in name}
+        self.check(record.ended and large == {item.key for item in named}, f"{video.id} {record.status} has {large}")
+        for item in [*named, *([record.init] if record.init else [])]:
+            data = (self.folder / item.key).read_bytes()
+            self.check(hashlib.sha256(data).hexdigest() == item.sha256, f"{item.key} has other bytes")
+
+
+class Threads(ThreadPoolExecutor):
+    """A Store's threads, without threads: an operation waits, begins, happens and is reported at drawn moments."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(1)
+        self.world = world
+
+    def submit(self, operation: Callable[..., Any], /, *args: Any, **options: Any) -> Future[Any]:
+        call: Future[Any] = Future()
+        later = self.world.later
+
+        def begin() -> None:
+            if call.set_running_or_notify_cancel():
+                later(happen)
+
+        def happen() -> None:
+            try:
+                result = operation(*args, **options)
+            except Exception as error:  # noqa: BLE001
+                later(partial(call.set_exception, error))
+                return
+            if operation is obstore.put:
+                self.world.was_put(args[1], args[2])
+            later(partial(call.set_result, result))
+
+        later(begin)
+        return call
+
+
+class RacingStore(Store):
+    """A Store whose puts and deletions fail as the video's trouble says, before they have happened or after."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(str(world.folder))
+        self.world = world
+        self._threads = Threads(world)
+
+    async def _put(self, key: str, data: bytes, mode: str = "overwrite") -> StoredObject:
+        with self._failing("commit" if "/record." in key else "put", key):
+            return await super()._put(key, data, mode)
+
+    async def put_record(self, record: VideoRecord, term: int) -> None:
+        video, part = self.world.videos[record.id], "the end" if record.ended else "a commit"
+        self.world.perhaps_stopped(video, 0.1)
+        video.under_way[part] += 1
+        try:
+            await super().put_record(record, term)
+        finally:
+            video.under_way[part] -= 1
+
+    async def _delete(self, keys: list[str]) -> None:
+        with self._failing("deletion", *keys[:1]):
+            await super()._delete(keys)
+
+    @contextmanager
+    def _failing(self, what: str, key: str = "") -> Iterator[None]:
+        draw = self.world.random.random
+        video = next((video for video_id, video in self.world.videos.items() if video_id in key), None)
+        before, after = (draw() < video.trouble.store_fails / 2 for _ in range(2)) if video else (False, False)
+        if video is not None and (before or after):
+            video.store_failed = True
+            self.world.saw(f"the store failed a {what}")
+        if before:
+            raise StoreUnavailable("away")
+        yield
+        if after:
+            raise StoreUnavailable("away, but the operation had happened")
+
+
+class RacingGraph:
+    """A Graph that keeps its contract, and is as bad as that allows."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+
+    def samplers(self) -> int:
+        return self.world.samplers
+
+    async def encode(self, call: Call, prompt: str) -> tuple[Text, StoredObject]:
+        async def work() -> tuple[Text, StoredObject]:
+            await self._point(call)
+            data = text_of(prompt)
+            stored = await self.world.store.put_text(call.video_id, hashlib.sha256(data).hexdigest(), data)
+            await self._point(call)
+            return Text(data), stored
+
+        return await self._call("encode", call, work())
+
+    async def sample(
+        self, call: Call, spec: VideoSpec, index: int, text: Any, state: Any
+    ) -> tuple[State, SampleReport]:
+        async def work() -> tuple[State, SampleReport]:
+            await self._point(call)
+            if isinstance(state, StoredObject):
+                self.world.saw("a chunk is made from a stored state")
+            data = next_state(await self._value(text), b"" if state is None else await self._value(state))
+            await self.world.pause(4)
+            await self._point(call)
+            return State(index + 1, data), SampleReport(steps=3, started_at=self.world.now(), seconds=1.0)
+
+        return await self._call("sample", call, work())
+
+    async def render(self, call: Call, spec: VideoSpec, term: int, state: State, sampled: SampleReport) -> Rendered:
+        async def work() -> Rendered:
+            store, index = self.world.store, state.index - 1
+            await self._point(call)
+            await self.world.pause(3)
+            init = await store.put_init(call.video_id, b"init")
+            await self._point(call)
+            fragment = await store.put_fragment(call.video_id, index, term, fragment_of(state.data))
+            await self._point(call)
+            stored = await store.put_state(call.video_id, state.index, term, state.data)
+            await self._point(call)
+            timings = Timings(
+                sample_started_at=sampled.started_at,
+                sample_seconds=sampled.seconds,
+                decode_seconds=self.world.now(),  # two renderings of a chunk are not the same
+                encode_seconds=0,
+                store_seconds=0,
+            )
+            chunk = ChunkRecord(
+                index=index, frames=CHUNK_FRAMES, steps=3, fragment=fragment, state=stored, timings=timings
+            )
+            return Rendered(init=init, chunk=chunk)
+
+        return await self._call("render", call, work())
+
+    async def _value(self, reference: Any) -> bytes:
+        """What a reference leads to, in memory or in the store."""
+        if isinstance(reference, StoredObject):
+            data = await self.world.store.read(reference.key)
+            self.world.check(hashlib.sha256(data).hexdigest() == reference.sha256, f"{reference.key} has other bytes")
+            return data
+        return bytes(reference.data)
+
+    async def _point(self, call: Call) -> None:
+        """A point inside a call, where time passes and something may be lost."""
+        await self.world.pause(1)
+        video, draw = self.world.videos[call.video_id], self.world.random.random
+        video.points += 1
+        if video.points == video.trouble.fails_at:
+            raise MediaError("no frames")
+        if draw() < video.trouble.replica_lost:
+            raise ReplicaLost("killed")
+        if draw() < video.trouble.input_lost:
+            raise InputLost("gone")
+
+    async def _call(self, part: str, call: Call, work: Coroutine[Any, Any, T]) -> T:
+        """A caller who is cancelled is released when the work has ended: of itself or because it was cancelled too."""
+        world, video = self.world, self.world.videos[call.video_id]
+        video.under_way[part] += 1
+        sampling = sum(video.under_way["sample"] for video in world.videos.values())
+        world.check(sampling <= SAMPLERS, f"{sampling} sample calls at once")
+        world.check(video.under_way[part] == 1, f"{video.id}: two {part} calls at once")
+        world.check(call.attempt <= RETRIES, f"{video.id}: attempt {call.attempt} of {part}")
+        task = asyncio.create_task(work)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if world.random.random() < 0.5:
+                task.cancel()
+            while not task.done():
+                try:
+                    await asyncio.wait([task])
+                except asyncio.CancelledError:
+                    continue  # being cancelled twice changes nothing
+            _ = task.cancelled() or task.exception()  # nobody is left to hear of it
+            raise
+        except Exception as error:
+            world.saw(f"{type(error).__name__} in {part}")
+            video.raised.append(error)
+            world.perhaps_stopped(video, 0.4 if isinstance(error, InputLost) else 0.05)
+            raise
+        finally:
+            video.under_way[part] -= 1
+
+
+PARTS = ("encode", "sample", "render", "a commit", "the end")
+
+# What happens at least so many times in each block of seeds. A race that no longer happens is no longer tested.
+RACES = {
+    **{f"{what} while {part} is under way": 10 for what in ("cancelled", "deleted") for part in PARTS},
+    "cancelled while it waits for its turn": 3,
+    "cancelled while it makes a new start": 1,
+    "deleted while another deletes it": 10,
+    "a watcher joined at the last chunk": 100,
+    "a watcher joined after the last commit": 20,
+    "ended unwatched": 10,
+    "the store failed a commit": 6,
+    "the store failed a deletion": 6,
+    "a chunk is made from a stored state": 6,
+    **{f"{loss} in {part}": 20 for loss in ("ReplicaLost", "InputLost") for part in ("encode", "sample", "render")},
+    **{f"MediaError in {part}": 3 for part in ("encode", "sample", "render")},
+    **{f"ended: {end}": 10 for end in ("completed", "cancelled", "media_error", "chunk_lost", "store_unavailable")},
+}
+BLOCK = 250
+
+
+@pytest.mark.parametrize("block", range(2))
+def test_races(block: int, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL, "deployments")
+    seen: Counter[str] = Counter()
+    gc.collect()
+    gc.freeze()  # each World collects its own garbage only
+    try:
+        for seed in range(BLOCK * block, BLOCK * (block + 1)):
+            seen += interleaving(seed).seen
+    finally:
+        gc.unfreeze()
+    assert {race: seen[race] for race, least in RACES.items() if seen[race] < least} == {}
+
+
+def interleaving(seed: int) -> World:
+    """The World of one seed, which has kept every promise."""
+    memory = Path("/dev/shm")  # where there is one
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+        try:
+            world = run_in_virtual_time(World(seed, Path(folder)).run())
+        except BaseException as error:
+            error.add_note(f"seed {seed}")
+            raise
+    assert world.wrong == [], f"seed {seed}"
+    return world
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s %(video_id)s")
+    interleaving(int(sys.argv[1]))
