@@ -18,8 +18,9 @@ from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.types import Send
 
-from deployments.director import NoSuchVideo, ReplicaLost
+from deployments.director import NoSuchVideo
 from deployments.errors import CutOff, RequestError
+from deployments.making import ReplicaLost
 from deployments.records import ChunkRecord, News, StoredObject
 from deployments.store import ObjectMissing, Store
 from helios_core.errors import HeliosError

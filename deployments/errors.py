@@ -9,7 +9,8 @@ from fastapi.responses import JSONResponse
 from ray.serve.exceptions import RayServeException
 from starlette.exceptions import HTTPException
 
-from deployments.director import NoSuchVideo, ReplicaLost, Unreadable
+from deployments.director import NoSuchVideo, Unreadable
+from deployments.making import ReplicaLost
 from deployments.schemas import error_object
 from deployments.store import StoreUnavailable
 from helios_core.errors import HeliosError, InvalidInput

@@ -7,8 +7,9 @@ import sys
 from ray.serve.handle import DeploymentHandle
 
 from deployments.config import AppConfig, Pool
-from deployments.director import Director, Ref
+from deployments.director import Director
 from deployments.logs import log_with_serve
+from deployments.making import Ref
 from deployments.ray_calls import call, call_by_reference, call_to_its_end, live_replicas
 from deployments.records import (
     Call,

@@ -20,10 +20,11 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.config import AppConfig
 from deployments.content import LIVE_HEADERS, VideoResponse, file_response, live_bytes, live_response, objects_of
-from deployments.director import NoSuchVideo, ReplicaLost
+from deployments.director import NoSuchVideo
 from deployments.errors import RequestError, install_error_handlers, status_of
 from deployments.graph import RemoteDirector
 from deployments.logs import log_with_serve
+from deployments.making import ReplicaLost
 from deployments.records import News, Page, VideoRequestRecord, VideoStatus
 from deployments.schemas import CreateVideo, GetContent, ListVideos, model_object, page_object, video_object
 from deployments.store import Store, is_video_id, new_video_id

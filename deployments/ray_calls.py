@@ -28,7 +28,7 @@ from ray.exceptions import (
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from deployments.director import InputLost, ReplicaLost
+from deployments.making import InputLost, ReplicaLost
 from helios_core.errors import HeliosError
 
 REPLICA_LOST = (

@@ -17,8 +17,8 @@ import prometheus_client
 import pytest
 
 from deployments.content import file_bytes, live_bytes, objects_of
-from deployments.director import ReplicaLost
 from deployments.errors import CutOff
+from deployments.making import ReplicaLost
 from deployments.records import ChunkRecord, News, Status, Timings, VideoRecord, VideoStatus
 from deployments.schemas import video_object
 from deployments.store import new_video_id

@@ -30,16 +30,8 @@ from typing import Any, TypeVar
 import obstore
 import pytest
 
-from deployments.director import (
-    RETRY_AFTER_S,
-    UNWATCHED_S,
-    Director,
-    InputLost,
-    Lost,
-    NoSuchVideo,
-    ReplicaLost,
-    RunningVideo,
-)
+from deployments.director import UNWATCHED_S, Director, NoSuchVideo
+from deployments.making import RETRY_AFTER_S, InputLost, Lost, ReplicaLost, RunningVideo
 from deployments.records import (
     Call,
     ChunkRecord,

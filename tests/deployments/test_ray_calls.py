@@ -22,7 +22,8 @@ from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from deployments import ray_calls
-from deployments.director import InputLost, NoSuchVideo, ReplicaLost
+from deployments.director import NoSuchVideo
+from deployments.making import InputLost, ReplicaLost
 from deployments.ray_calls import call, call_by_reference, call_to_its_end, live_replicas
 from helios_core.errors import HeliosError, InvalidInput
 
