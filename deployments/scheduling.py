@@ -38,5 +38,6 @@ def place(waiting: Iterable[Waiting], video_id: str) -> int | None:
 
 def turns_on_asking(turns: int | None, round_: int) -> int:
     """What counts as taken by a video that asks for a sampler. `turns`: what it took, None if it is new;
-    `round_`: the highest that any has come to; it never falls, and is opened by a newcomer or by who took the most."""
+    `round_`: the round that the others are in. It never falls, and goes on with the turn of whoever has taken the most,
+    or of a newcomer."""
     return round_ if turns is None else max(turns, round_ - 1)
