@@ -811,6 +811,44 @@ def test_an_error_of_ours_is_told_though_an_input_was_lost_at_the_same_moment(tm
     run_in_virtual_time(test())
 
 
+class SlowToTidy(RacingStore):
+    """Tidying takes until the deletion would long be over. `log` has what ended, in order."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(world)
+        self.tidying, self.log = asyncio.Event(), list[str]()
+
+    async def sweep(self, record: VideoRecord, term: int) -> None:
+        self.tidying.set()
+        await asyncio.sleep(100)
+        await super().sweep(record, term)
+
+    async def end(self, video_id: str) -> None:
+        await super().end(video_id)
+        self.log.append("the active marker is removed")
+
+    async def delete(self, video_id: str) -> None:
+        self.log.append("a deletion sets it")
+        await super().delete(video_id)
+
+
+def test_a_deletion_begins_when_nothing_else_is_done_to_the_video(tmp_path: Path) -> None:
+    """Else its active marker, by which an interrupted deletion is found again, could be removed under its hands."""
+
+    async def test() -> None:
+        world = World(0, tmp_path)
+        store = world.store = SlowToTidy(world)
+        director = await Director.start(RacingGraph(world), store, TRACER)
+        video = next(iter(world.videos.values()))
+        video.trouble, world.over = NONE, True
+        await director.create(video.request)
+        await store.tidying.wait()
+        await director.delete(video.id)
+        assert store.log == ["the active marker is removed", "a deletion sets it", "the active marker is removed"]
+
+    run_in_virtual_time(test())
+
+
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s %(video_id)s")
     interleaving(int(sys.argv[1]))
