@@ -838,6 +838,7 @@ def test_a_deletion_begins_when_nothing_else_is_done_to_the_video(tmp_path: Path
     async def test() -> None:
         world = World(0, tmp_path)
         store = world.store = SlowToTidy(world)
+        asyncio.get_running_loop().set_default_executor(store._threads)
         director = await Director.start(RacingGraph(world), store, TRACER)
         video = next(iter(world.videos.values()))
         video.trouble, world.over = NONE, True
