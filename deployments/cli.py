@@ -57,10 +57,9 @@ def serve(
     from deployments.service import run_service
 
     settings = AppConfig() if config is None else AppConfig.read(config)
-    settings = settings.override(model=model, host=host, port=port, store=store)
     if trace_file is not None:
         check_writable("trace_file", trace_file)
-        settings = settings.override(trace_file=str(trace_file.absolute()))  # replicas have other working directories
+    settings = settings.override(model=model, host=host, port=port, store=store, trace_file=trace_file)
     settings = settings.with_replicas(sampler=samplers, vae_decoder=vae_decoders)
     stop = threading.Event()
     with run_service(settings) as url:

@@ -158,7 +158,7 @@ class Director:
 
     async def news(self, video_id: str, seen: int) -> News:
         """The chunks from index `seen` on, as soon as there is one; after NEWS_S without any, none. At once if the
-        video has ended. Raises NoSuchVideo.
+        video has ended. Raises NoSuchVideo or Unreadable.
 
         Whoever watches asks again and again. A question that stays open is one that ends by itself: if its asker dies,
         Ray does not tell.
@@ -180,7 +180,7 @@ class Director:
     async def cancel(self, video_id: str) -> VideoStatus:
         """Stops a video and returns when it has ended; what was committed stays. One that has ended stays as it is.
 
-        Raises NoSuchVideo.
+        Raises NoSuchVideo or Unreadable.
         """
         video = self._running.get(video_id)
         if video is None:
@@ -190,7 +190,7 @@ class Director:
         return self._status(video.record)
 
     async def delete(self, video_id: str) -> None:
-        """Stops a video if it runs and removes all of it. Raises NoSuchVideo."""
+        """Stops a video if it runs and removes all of it. Raises NoSuchVideo or StoreUnavailable."""
         await _whole(self._delete(video_id))
 
     async def _delete(self, video_id: str) -> None:

@@ -51,6 +51,13 @@ def test_five_deployments_are_wired(tmp_path: Path) -> None:
     assert (director._bound_deployment.name, parts) == ("Director", ["TextEncoder", "Sampler", "VaeDecoder"])
 
 
+def test_replicas_are_told_of_files_by_their_whole_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have other working directories."""
+    monkeypatch.chdir(tmp_path)
+    config = build_app(AppConfig(store="store", trace_file="spans.jsonl"))._bound_deployment.init_args[0]
+    assert (config.store, config.trace_file) == (f"{tmp_path}/store", f"{tmp_path}/spans.jsonl")
+
+
 def test_a_broken_checkpoint_is_refused_before_anything_is_deployed(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"model_index.json|transformer/config.json"):
         build_app(AppConfig(model=str(tmp_path)))
