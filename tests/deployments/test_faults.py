@@ -252,7 +252,7 @@ def check_trace(spans: list[dict[str, Any]], video_id: str, caller: str | None) 
             for s in samples
             if component(s) == "director"
         )
-        # A sampler that was killed between its last step and its answer has told of an attempt that was lost all the same.
+        # A sampler killed between its last step and its answer has told of an attempt that was lost all the same.
         told = {s["attributes"]["attempt"]: s for s in samples if component(s) == "sampler"}
         assert len(told) + len(gone) == len(samples) and max(told) == len(gone)
         done = told[len(gone)]
