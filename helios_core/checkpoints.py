@@ -7,8 +7,10 @@ meta device and the file's tensors are assigned, so that no weight exists twice.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -16,7 +18,7 @@ from typing import TypeVar
 
 import safetensors
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import safe_open
 from tokenizers import Tokenizer
@@ -24,6 +26,7 @@ from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from helios_core.config import (
+    SCHEDULERS,
     VARIANTS,
     SchedulerConfig,
     TransformerConfig,
@@ -35,6 +38,7 @@ from helios_core.config import (
 from helios_core.demo.checkpoint import demo_checkpoint
 from helios_core.errors import CheckpointError, InvalidInput
 from helios_core.sampling.chunk import ChunkSampler
+from helios_core.sampling.guidance import CFG_ZERO_STAR, CLASSIFIER_FREE
 from helios_core.sampling.solvers import SOLVERS
 from helios_core.spec import ModelCard
 from helios_core.text import TextEncoder
@@ -59,6 +63,10 @@ class KnownModel:
 
 KNOWN_MODELS = {
     "demo": KnownModel(demo_checkpoint, (128, 64)),
+    "demo-base": KnownModel(lambda: demo_checkpoint("base"), (128, 64)),
+    "demo-mid": KnownModel(lambda: demo_checkpoint("mid"), (128, 64)),
+    "helios-base": KnownModel(lambda: "BestWishYsh/Helios-Base", (640, 384)),
+    "helios-mid": KnownModel(lambda: "BestWishYsh/Helios-Mid", (640, 384)),
     "helios-distilled": KnownModel(lambda: "BestWishYsh/Helios-Distilled", (640, 384)),
 }
 DEFAULT_SIZE = (640, 384)
@@ -88,8 +96,7 @@ class Checkpoint:
         folder = _folder(source)
         transformer = read_config(TransformerConfig, folder / "transformer/config.json")
         vae = read_config(VaeConfig, folder / "vae/config.json")
-        scheduler = read_config(SchedulerConfig, folder / "scheduler/scheduler_config.json")
-        variant = _variant(folder)
+        variant, scheduler = _variant(folder)
         if transformer.in_channels != vae.z_dim or transformer.out_channels != vae.z_dim:
             raise CheckpointError(
                 f"{folder}: transformer in_channels {transformer.in_channels}, out_channels "
@@ -116,6 +123,31 @@ class Checkpoint:
         self._vae()
         self._text_encoder()
 
+    def digest(self, part: str) -> str:
+        """Equal for two checkpoints of which `part`, "text_encoder" with its tokenizer or "vae", has equal files.
+
+        Reads every byte of a folder's; the hub tells its files' digests, so that none need be fetched for this.
+        """
+        found = hashlib.sha256()
+        for folder in [part, "tokenizer"] if part == "text_encoder" else [part]:
+            for path in sorted((self.folder / folder).glob("*.json")):
+                found.update(f"{folder}/{path.name} {_sha256(path)}\n".encode())
+        for name, sha256 in sorted(self._weights(part)):
+            found.update(f"{name} {sha256}\n".encode())
+        return found.hexdigest()
+
+    def _weights(self, part: str) -> Iterator[tuple[str, str]]:
+        """Name and SHA-256 of each of a part's weight files."""
+        if self.hub_id is None:
+            for path in (self.folder / part).glob("*.safetensors"):
+                yield path.name, _sha256(path)
+            return
+        repository, _, commit = self.hub_id.partition("@")
+        with _hub_errors(self.hub_id):
+            for file in HfApi().list_repo_tree(repository, part, revision=commit):
+                if file.path.endswith(".safetensors"):
+                    yield Path(file.path).name, file.lfs.sha256 if file.lfs else file.blob_id
+
     def load_sampler(self, device: torch.device, dtype: torch.dtype) -> ChunkSampler:
         """The transformer in `dtype`, except for the parameters that the reference keeps in fp32, with its solver."""
         model, places = self._transformer()
@@ -124,7 +156,9 @@ class Checkpoint:
             return torch.float32 if FP32_PARAMETERS.intersection(name.split(".")) else dtype
 
         _fill(model, places, device, dtype_of)
-        return ChunkSampler(model, self.scheduler, SOLVERS[self.card.variant.name])
+        variant = self.card.variant
+        guidance = CFG_ZERO_STAR if variant.is_cfg_zero_star else CLASSIFIER_FREE
+        return ChunkSampler(model, self.scheduler, SOLVERS[variant.scheduler_class], guidance)
 
     def load_vae(self, device: torch.device) -> WanVae:
         """The VAE, in fp32 as the reference runs it."""
@@ -232,10 +266,24 @@ def _fetch(model: str, patterns: list[str]) -> Path:
     if "/" not in model:  # the hub still has a few ids without an owner; none is a Helios
         raise CheckpointError(unknown)
     hub_id, _, revision = model.partition("@")
+    with _hub_errors(model):
+        try:
+            return Path(snapshot_download(hub_id, revision=revision or None, allow_patterns=patterns))
+        except HFValidationError:
+            raise CheckpointError(unknown) from None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _hub_errors(model: str) -> Iterator[None]:
     try:
-        return Path(snapshot_download(hub_id, revision=revision or None, allow_patterns=patterns))
-    except HFValidationError:
-        raise CheckpointError(unknown) from None
+        yield
+    except CheckpointError:
+        raise
     except Exception as error:  # noqa: BLE001 - besides OSErrors the library lets those of its HTTP client through
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
@@ -259,17 +307,31 @@ def _folder(model: str) -> Path:
     return _fetch(model, CONFIGURATION)
 
 
-def _variant(folder: Path) -> Variant:
-    index = read_json(folder / "model_index.json")
-    scheduler = read_json(folder / "scheduler/scheduler_config.json").get("_class_name")
-    distilled = bool(index.get("is_distilled", False))
+def _variant(folder: Path) -> tuple[Variant, SchedulerConfig]:
+    """The variant that model_index.json and the scheduler's class name together, and what the scheduler says."""
+    path = folder / "scheduler/scheduler_config.json"
+    index, scheduler_class = read_json(folder / "model_index.json"), read_json(path).get("_class_name")
+    found = {
+        "pipeline_class": index.get("_class_name"),
+        "scheduler_class": scheduler_class,
+        "is_distilled": bool(index.get("is_distilled", False)),
+        "is_cfg_zero_star": bool(index.get("is_cfg_zero_star", False)),
+    }
+    served = {variant.name: {mark: getattr(variant, mark) for mark in found} for variant in VARIANTS}
     for variant in VARIANTS:
-        if (variant.scheduler_class, variant.is_distilled) == (scheduler, distilled):
-            return variant
-    raise CheckpointError(
-        f"{folder}: is_distilled {distilled} with scheduler {scheduler!r} is not a variant that is served; "
-        f"served: {', '.join(f'{v.name} ({v.scheduler_class})' for v in VARIANTS)}"
-    )
+        if served[variant.name] == found:
+            scheduler = read_config(SCHEDULERS[variant.scheduler_class], path)
+            if scheduler.stages != variant.stages:
+                raise CheckpointError(
+                    f"{path}: stages is {scheduler.stages}; supported for {variant.name}: {variant.stages}"
+                )
+            return variant, scheduler
+    rows = "; ".join(f"{name}: {_shown(marks)}" for name, marks in served.items())
+    raise CheckpointError(f"{folder}: not a variant that is served: {_shown(found)}; served: {rows}")
+
+
+def _shown(marks: dict[str, object]) -> str:
+    return ", ".join(f"{mark} {value}" for mark, value in marks.items())
 
 
 def _shards(folder: Path, stem: str) -> dict[str, list[str]]:

@@ -130,7 +130,10 @@ class VaeConfig:
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """scheduler/scheduler_config.json. The last four are no arguments of the official class, but it honours them."""
+    """scheduler/scheduler_config.json. The last four are no arguments of the official classes, but they honour them.
+
+    The defaults are those of HeliosDMDScheduler.
+    """
 
     num_train_timesteps: int = 1000
     shift: float = 1.0
@@ -155,8 +158,6 @@ class SchedulerConfig:
             raise CheckpointError(f"stage_range {self.stage_range} must have stages + 1 = {self.stages + 1} numbers")
         if (self.stage_range[0], self.stage_range[-1]) != (0, 1) or list(self.stage_range) != sorted(self.stage_range):
             raise CheckpointError(f"stage_range is {self.stage_range}; allowed: numbers that rise from 0 to 1")
-        if self.stages < 2:  # one stage is Base's way, with another solver
-            raise CheckpointError(f"stages is {self.stages}; supported: 2 or more")
         if not 0 < self.gamma <= 1 / 3:
             raise CheckpointError(f"gamma is {self.gamma}; allowed: more than 0, at most 1/3, where blocks sum to 0")
         if self.use_dynamic_shifting and self.shift != 1:
@@ -164,25 +165,96 @@ class SchedulerConfig:
 
 
 @dataclass(frozen=True)
+class UniPCConfig(SchedulerConfig):
+    """scheduler/scheduler_config.json of a HeliosScheduler: another default, and the settings of its solver, UniPC."""
+
+    time_shift_type: str = "exponential"
+    scheduler_type: str = "unipc"
+    solver_order: int = 2
+    solver_type: str = "bh2"
+    predict_x0: bool = True
+    lower_order_final: bool = True
+    disable_corrector: tuple[int, ...] = ()
+    thresholding: bool = False
+    solver_p: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _only(self, "scheduler_type", "unipc")
+        _only(self, "solver_order", 2)
+        _only(self, "solver_type", "bh2")
+        _only(self, "predict_x0", True)
+        _only(self, "lower_order_final", True)
+        _only(self, "disable_corrector", ())
+        _only(self, "thresholding", False)
+        _only(self, "solver_p", None)
+        if self.stages == 1:
+            _only(self, "shift", 1.0)  # the reference leaves it out where there is one stage
+
+
+SCHEDULERS: dict[str, type[SchedulerConfig]] = {  # by the official class
+    "HeliosScheduler": UniPCConfig,
+    "HeliosDMDScheduler": SchedulerConfig,
+}
+
+
+@dataclass(frozen=True)
 class Variant:
-    """One of the three official trainings: what differs is data. `presets`: name ▸ transformer steps per stage."""
+    """One of the three official trainings: what differs is data.
+
+    A checkpoint is of a variant if its model_index.json and its scheduler say what the variant's row says, from
+    `pipeline_class` to `is_cfg_zero_star`; of these, `scheduler_class` names the solver and `is_cfg_zero_star` the
+    kind of guidance. `presets`: name ▸ solver steps per stage; `guidance_scale`: the variant's own, 1 for none.
+    """
 
     name: str
+    pipeline_class: str
     scheduler_class: str
     is_distilled: bool
+    is_cfg_zero_star: bool
     presets: dict[str, tuple[int, ...]]
     default_preset: str
     amplifies_first_chunk: bool  # the first chunk gets twice the steps unless the request says otherwise
+    guidance_scale: float
+
+    @property
+    def stages(self) -> int:
+        return len(self.presets[self.default_preset])
 
 
 VARIANTS = (
     Variant(
+        name="base",
+        pipeline_class="HeliosPipeline",
+        scheduler_class="HeliosScheduler",
+        is_distilled=False,
+        is_cfg_zero_star=False,
+        presets={"draft": (20,), "quality": (50,)},
+        default_preset="quality",
+        amplifies_first_chunk=False,
+        guidance_scale=5.0,
+    ),
+    Variant(
+        name="mid",
+        pipeline_class="HeliosPyramidPipeline",
+        scheduler_class="HeliosScheduler",
+        is_distilled=False,
+        is_cfg_zero_star=True,
+        presets={"draft": (10, 10, 10), "quality": (20, 20, 20)},
+        default_preset="quality",
+        amplifies_first_chunk=False,
+        guidance_scale=5.0,
+    ),
+    Variant(
         name="distilled",
+        pipeline_class="HeliosPyramidPipeline",
         scheduler_class="HeliosDMDScheduler",
         is_distilled=True,
+        is_cfg_zero_star=False,
         presets={"realtime": (1, 1, 1), "quality": (2, 2, 2)},
         default_preset="quality",
         amplifies_first_chunk=True,
+        guidance_scale=1.0,
     ),
 )
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from helios_core.config import CHUNK_FRAMES, NATIVE_FPS, Variant
 from helios_core.errors import InvalidInput
 
 MAX_SEED = 2**63 - 1
+TEXT_TO_VIDEO, IMAGE_TO_VIDEO, VIDEO_TO_VIDEO = TASKS = ("text-to-video", "image-to-video", "video-to-video")
+TRANSITION_CHUNKS = 3  # over which a new prompt takes the place of the old one, unless the request says otherwise
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,9 @@ class Limits:
     max_seconds: float = 600.0
     max_prompt_bytes: int = 8192
     max_steps_per_stage: int = 50
+    max_prompts: int = 64
+    max_transition_chunks: int = 64
+    max_guidance_scale: float = 20.0
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -40,11 +47,29 @@ class ModelCard:
     stages: int
     size_multiple: int
     default_size: tuple[int, int]
+    tasks: tuple[str, ...] = TASKS
+
+
+@dataclass(frozen=True)
+class PromptChange:
+    """From chunk `chunk` on, `prompt` takes the place of the text so far, over `transition_chunks` chunks."""
+
+    chunk: int
+    prompt: str
+    transition_chunks: int = TRANSITION_CHUNKS
+
+
+# (prompt, weight) of each text that drives a chunk; the weights are positive and their sum is 1
+Mix = tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True)
 class VideoSpec:
-    """Everything that decides the frames of one video. Sizes in pixels; `steps`: transformer steps per stage."""
+    """Everything that decides the frames of one video, besides an input image or video.
+
+    Sizes in pixels; `steps`: solver steps per stage; `negative_prompt`: of use only if `guidance_scale` is above 1;
+    `prompts`: changes of the prompt, in order; `seed_from`: the chunk whose noise is the first that `seed` decides.
+    """
 
     prompt: str
     model: str
@@ -55,6 +80,11 @@ class VideoSpec:
     steps: tuple[int, ...]
     amplify_first_chunk: bool
     fps: int = NATIVE_FPS
+    task: str = TEXT_TO_VIDEO
+    guidance_scale: float = 1.0
+    negative_prompt: str = ""
+    prompts: tuple[PromptChange, ...] = ()
+    seed_from: int = 0
 
     @property
     def frames(self) -> int:
@@ -76,6 +106,89 @@ class VideoSpec:
         """Frames of the chunk that belong to the video: 33, fewer for the last one, which is cut."""
         return min(CHUNK_FRAMES, self.frames - self.first_frame_of_chunk(chunk_index))
 
+    @property
+    def guided(self) -> bool:
+        return self.guidance_scale > 1
+
+    def mix_of_chunk(self, chunk_index: int) -> Mix:
+        """The texts that drive a chunk. The j-th of a transition's n chunks has j/n of the new prompt, and for the rest
+        what was in force before the change."""
+        return _mix(self.prompt, [change for change in self.prompts if change.chunk <= chunk_index], chunk_index)
+
+    def changed(self, *changes: PromptChange) -> VideoSpec:
+        """This video with changes of the prompt, each in place of one at its very chunk."""
+        timeline = {change.chunk: change for change in (*self.prompts, *changes)}
+        return dataclasses.replace(self, prompts=tuple(timeline[chunk] for chunk in sorted(timeline)))
+
+    def extend(
+        self, seconds: float, chunks: int, prompt: str | None, transition_chunks: int, limits: Limits
+    ) -> VideoSpec:
+        """This video, of which `chunks` are made, longer by `seconds`; from there on with `prompt`, if one is given."""
+        check_seconds(seconds, self.fps, limits)
+        if self.seconds + seconds > limits.max_seconds:
+            most = limits.max_seconds - self.seconds
+            raise InvalidInput("seconds", seconds, f"at most {most:g} more, which makes {limits.max_seconds:g} in all")
+        longer = dataclasses.replace(self, seconds=self.seconds + seconds)
+        return longer._turning_to(prompt, chunks, transition_chunks, limits)
+
+    def fork(
+        self,
+        chunk: int,
+        prompt: str | None,
+        transition_chunks: int,
+        seed: int | None,
+        seconds: float | None,
+        limits: Limits,
+    ) -> VideoSpec:
+        """This video up to `chunk`, and from there on another: with `prompt`, with new noise from `seed`, or longer."""
+        forked = self
+        if seconds is not None:
+            check_seconds(seconds, self.fps, limits)
+            forked = dataclasses.replace(forked, seconds=seconds)
+        if not 0 <= chunk < forked.chunks:
+            raise InvalidInput("chunk", chunk, f"a chunk of the new video: 0 to {forked.chunks - 1}")
+        if seed is not None:
+            check_seed(seed)
+            forked = dataclasses.replace(forked, seed=seed, seed_from=chunk)
+        if prompt is not None:  # what was to come after is no longer meant
+            kept = tuple(change for change in self.prompts if change.chunk < chunk)
+            forked = dataclasses.replace(forked, prompts=kept)
+        return forked._turning_to(prompt, chunk, transition_chunks, limits)
+
+    def remix(self, prompt: str, limits: Limits) -> VideoSpec:
+        """This video's settings and seed with another prompt, from the beginning."""
+        check_prompt("prompt", prompt, limits)
+        return dataclasses.replace(self, prompt=prompt, prompts=(), seed_from=0)
+
+    def _turning_to(self, prompt: str | None, chunk: int, transition_chunks: int, limits: Limits) -> VideoSpec:
+        if prompt is None:
+            return self
+        check_prompt("prompt", prompt, limits)
+        check_transition("transition_chunks", transition_chunks, limits)
+        return self.changed(PromptChange(chunk, prompt, transition_chunks))
+
+
+def _mix(prompt: str, changes: list[PromptChange], chunk: int) -> Mix:
+    """`changes`: those that began at `chunk` or before."""
+    if not changes:
+        return ((prompt, 1.0),)
+    *earlier, last = changes
+    share = min(1.0, (chunk - last.chunk + 1) / last.transition_chunks)
+    if share == 1 or last.chunk == 0:  # before the first chunk nothing is in force
+        return ((last.prompt, 1.0),)
+    weights = {text: (1 - share) * weight for text, weight in _mix(prompt, earlier, last.chunk - 1)}
+    weights[last.prompt] = weights.get(last.prompt, 0.0) + share
+    return tuple(weights.items())
+
+
+@dataclass(frozen=True)
+class PromptAt:
+    """A change of the prompt as a caller asks for it: at the first chunk that starts `at_seconds` or later."""
+
+    at_seconds: float
+    prompt: str
+    transition_chunks: int = TRANSITION_CHUNKS
+
 
 @dataclass(frozen=True)
 class VideoRequest:
@@ -88,7 +201,11 @@ class VideoRequest:
     preset: str | None = None
     steps: tuple[int, ...] | None = None
     amplify_first_chunk: bool | None = None
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
+    prompts: tuple[PromptAt, ...] = ()
     fps: int = NATIVE_FPS
+    task: str = TEXT_TO_VIDEO
     limits: Limits = field(default_factory=Limits)
 
     def check(self, card: ModelCard) -> VideoSpec:
@@ -96,23 +213,19 @@ class VideoRequest:
 
         Raises InvalidInput naming the field, the value and what is allowed.
         """
+        if self.task not in card.tasks:
+            raise InvalidInput("task", self.task, f"what the model {card.id} can do: {', '.join(card.tasks)}")
         width, height = _check_size(self.size, card, self.limits)
-        _check_prompt(self.prompt, self.limits)
+        check_prompt("prompt", self.prompt, self.limits)
         if not 8 <= self.fps <= 60:
             raise InvalidInput("fps", self.fps, "a whole number from 8 to 60")
-        shortest = 1 / self.fps
-        if not shortest <= self.seconds <= self.limits.max_seconds:  # also refuses NaN
-            raise InvalidInput(
-                "seconds",
-                self.seconds,
-                f"a number from 1/{self.fps} (one frame) to {self.limits.max_seconds:g}",
-            )
-        if not 0 <= self.seed <= MAX_SEED:
-            raise InvalidInput("seed", self.seed, "a whole number from 0 to 2^63-1")
+        check_seconds(self.seconds, self.fps, self.limits)
+        check_seed(self.seed)
         amplify = self.amplify_first_chunk
         if amplify and not card.variant.amplifies_first_chunk:
             raise InvalidInput("amplify_first_chunk", True, f"false for the variant {card.variant.name}")
-        return VideoSpec(
+        guidance_scale = self._check_guidance(card)
+        spec = VideoSpec(
             prompt=self.prompt,
             model=card.id,
             width=width,
@@ -122,7 +235,11 @@ class VideoRequest:
             steps=self._check_steps(card),
             amplify_first_chunk=card.variant.amplifies_first_chunk if amplify is None else amplify,
             fps=self.fps,
+            task=self.task,
+            guidance_scale=guidance_scale,
+            negative_prompt=self.negative_prompt or "",
         )
+        return spec.changed(*self._check_prompts(spec))
 
     def _check_steps(self, card: ModelCard) -> tuple[int, ...]:
         presets = card.variant.presets
@@ -135,25 +252,85 @@ class VideoRequest:
             raise InvalidInput("preset", self.preset, "preset or steps, not both")
         most = self.limits.max_steps_per_stage
         if len(self.steps) != card.stages or not all(1 <= n <= most for n in self.steps):
+            count = "1 whole number" if card.stages == 1 else f"{card.stages} whole numbers"
             raise InvalidInput(
-                "steps", list(self.steps), f"{card.stages} whole numbers from 1 to {most}, one per stage"
+                "steps",
+                list(self.steps),
+                f"{count} from 1 to {most}, one per stage of the variant {card.variant.name}",
             )
         return self.steps
 
+    def _check_guidance(self, card: ModelCard) -> float:
+        variant, most = card.variant, self.limits.max_guidance_scale
+        scale = variant.guidance_scale if self.guidance_scale is None else self.guidance_scale
+        if variant.is_distilled and scale != 1:
+            raise InvalidInput(
+                "guidance_scale", scale, f"1: the variant {variant.name} was trained to need no guidance"
+            )
+        if not 1 <= scale <= most:  # also refuses NaN
+            raise InvalidInput("guidance_scale", scale, f"a number from 1 (no guidance) to {most:g}")
+        if self.negative_prompt is not None:
+            if scale == 1:
+                raise InvalidInput("negative_prompt", self.negative_prompt, "none without a guidance_scale above 1")
+            check_prompt("negative_prompt", self.negative_prompt, self.limits, may_be_empty=True)
+        return scale
 
-def _check_prompt(prompt: str, limits: Limits) -> None:
-    if not prompt.strip():
-        raise InvalidInput("prompt", prompt, "text that is not empty")
+    def _check_prompts(self, spec: VideoSpec) -> Iterable[PromptChange]:
+        """The schedule in chunks."""
+        if len(self.prompts) > self.limits.max_prompts:
+            raise InvalidInput("prompts", f"{len(self.prompts)} of them", f"at most {self.limits.max_prompts}")
+        last = -1
+        for at in self.prompts:
+            check_prompt("prompts", at.prompt, self.limits)
+            check_transition("prompts", at.transition_chunks, self.limits)
+            if not 0 <= at.at_seconds < spec.seconds:  # also refuses NaN
+                raise InvalidInput("prompts", at.at_seconds, f"at_seconds from 0 to less than seconds {spec.seconds:g}")
+            chunk = math.ceil(at.at_seconds * spec.fps / CHUNK_FRAMES - 1e-9)  # 3.3 s at 30 fps is chunk 3
+            if chunk >= spec.chunks:
+                start = (spec.chunks - 1) * CHUNK_FRAMES / spec.fps
+                raise InvalidInput("prompts", at.at_seconds, f"at_seconds up to {start:g}, where the last chunk starts")
+            if chunk <= last:
+                raise InvalidInput(
+                    "prompts",
+                    at.at_seconds,
+                    f"at_seconds in rising order, at least a chunk ({CHUNK_FRAMES / spec.fps:g} s) apart",
+                )
+            last = chunk
+            yield PromptChange(chunk, at.prompt, at.transition_chunks)
+
+
+def check_seconds(seconds: float, fps: int, limits: Limits) -> None:
+    """Raises InvalidInput unless a video may be this long."""
+    if not 1 / fps <= seconds <= limits.max_seconds:  # also refuses NaN
+        raise InvalidInput("seconds", seconds, f"a number from 1/{fps} (one frame) to {limits.max_seconds:g}")
+
+
+def check_seed(seed: int) -> None:
+    """Raises InvalidInput unless noise can be drawn from it."""
+    if not 0 <= seed <= MAX_SEED:
+        raise InvalidInput("seed", seed, "a whole number from 0 to 2^63-1")
+
+
+def check_transition(name: str, transition_chunks: int, limits: Limits) -> None:
+    """Raises InvalidInput unless a prompt may be blended in over so many chunks."""
+    if not 1 <= transition_chunks <= limits.max_transition_chunks:
+        allowed = f"transition_chunks from 1 to {limits.max_transition_chunks}"
+        raise InvalidInput(name, transition_chunks, allowed)
+
+
+def check_prompt(name: str, prompt: str, limits: Limits, may_be_empty: bool = False) -> None:
+    """Raises InvalidInput, for the field `name`, unless the text may be a prompt."""
+    if not prompt.strip() and not may_be_empty:
+        raise InvalidInput(name, prompt, "text that is not empty")
     if "\0" in prompt:
-        raise InvalidInput("prompt", prompt, "text without NUL characters")
+        raise InvalidInput(name, prompt, "text without NUL characters")
     try:
         size = len(prompt.encode("utf-8"))
     except UnicodeEncodeError:
-        raise InvalidInput("prompt", prompt.encode("ascii", "replace").decode(), "valid Unicode text") from None
+        raise InvalidInput(name, prompt.encode("ascii", "replace").decode(), "valid Unicode text") from None
     if size > limits.max_prompt_bytes:
-        raise InvalidInput(
-            "prompt", f"{prompt[:20]}… ({size} bytes)", f"at most {limits.max_prompt_bytes} bytes of UTF-8"
-        )
+        allowed = f"at most {limits.max_prompt_bytes} bytes of UTF-8"
+        raise InvalidInput(name, f"{prompt[:20]}… ({size} bytes)", allowed)
 
 
 def _check_size(size: str | None, card: ModelCard, limits: Limits) -> tuple[int, int]:

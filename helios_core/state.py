@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import safetensors
 import safetensors.torch
@@ -64,6 +64,10 @@ class StreamState:
             anchor=latents[:, :, :1].clone() if self.anchor is None else self.anchor,
             generator_state=generator.get_state(),
         )
+
+    def reseeded(self, seed: int) -> StreamState:
+        """This state with the noise that is still to come drawn from `seed`."""
+        return replace(self, generator_state=torch.Generator("cpu").manual_seed(seed).get_state())
 
     @property
     def latents(self) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import html
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import ftfy
@@ -49,6 +50,22 @@ class TextEmbeddings:
         padded = self.rows.new_zeros(1, TEXT_TOKENS, self.rows.shape[1])
         padded[0, : len(self.rows)] = self.rows
         return padded
+
+
+def blend(parts: Sequence[tuple[TextEmbeddings, float]]) -> TextEmbeddings:
+    """The weighted sum of prompts, each as it is with its zero rows: a prompt on its way into another.
+
+    As in the official interactive mode, embeddings are mixed before the transformer's text layers. One prompt alone
+    stays itself, bit for bit.
+    """
+    texts = [text for text, _ in parts]
+    if len(texts) == 1:
+        return texts[0]
+    n, dtype = max(len(text.rows) for text in texts), texts[0].rows.dtype
+    total = torch.zeros(n, texts[0].rows.shape[1])
+    for text, weight in parts:
+        total[: len(text.rows)] += weight * text.rows.float()
+    return TextEmbeddings.of(total.to(dtype))
 
 
 class TextEncoder:

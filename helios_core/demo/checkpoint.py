@@ -1,9 +1,9 @@
-"""A tiny Distilled checkpoint with random weights, in the official layout: the whole path runs on it, on a laptop.
+"""Tiny checkpoints with random weights, in the official layout: the whole path runs on them, on a laptop.
 
-    python -m helios_core.demo.checkpoint FOLDER
+    python -m helios_core.demo.checkpoint FOLDER [base | mid | distilled]
 
 Its videos follow no prompt: they are coloured noise. The files are a function of the constants below alone, so that
-everybody's demo checkpoint is the same.
+everybody's demo checkpoints are the same.
 """
 
 from __future__ import annotations
@@ -23,7 +23,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
-from helios_core.config import SchedulerConfig, TransformerConfig, VaeConfig
+from helios_core.config import (
+    VARIANTS,
+    SchedulerConfig,
+    TransformerConfig,
+    UniPCConfig,
+    VaeConfig,
+    Variant,
+)
 from helios_core.transformer.model import HeliosTransformer
 from helios_core.vae.model import WanVae
 
@@ -47,7 +54,12 @@ VAE = VaeConfig(
     out_channels=12,
     patch_size=2,
 )
-SCHEDULER = SchedulerConfig(use_dynamic_shifting=True)
+SCHEDULERS = {
+    "base": UniPCConfig(stages=1, stage_range=(0.0, 1.0), use_dynamic_shifting=True),
+    "mid": UniPCConfig(),
+    "distilled": SchedulerConfig(use_dynamic_shifting=True),
+}
+TRANSFORMER_SEEDS = {"base": 1, "mid": 2}  # added to the seed; Distilled's transformer is drawn with the other parts
 TEXT_ENCODER: dict[str, Any] = {
     "vocab_size": 384,
     "d_model": TRANSFORMER.text_dim,
@@ -63,13 +75,14 @@ TEXT_ENCODER: dict[str, Any] = {
 }
 
 
-def demo_checkpoint() -> str:
-    """The folder of the demo checkpoint, made on first use (about a second) in the user's cache."""
-    folder = Path.home() / ".cache/helios-serve" / f"demo-random-{RECIPE}"
+def demo_checkpoint(variant: str = "distilled") -> str:
+    """The folder of a variant's demo checkpoint, made on first use (about a second) in the user's cache."""
+    name = "demo" if variant == "distilled" else f"demo-{variant}"
+    folder = Path.home() / ".cache/helios-serve" / f"{name}-random-{RECIPE}"
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         made = Path(tempfile.mkdtemp(dir=folder.parent))
-        write_checkpoint(made)
+        write_checkpoint(made, variant=variant)
         try:
             made.rename(folder)  # atomic: another process sees the whole folder or none
         except OSError:
@@ -80,23 +93,19 @@ def demo_checkpoint() -> str:
 
 
 def write_checkpoint(
-    folder: Path, transformer: TransformerConfig = TRANSFORMER, vae: VaeConfig = VAE, seed: int = 0
+    folder: Path,
+    transformer: TransformerConfig = TRANSFORMER,
+    vae: VaeConfig = VAE,
+    seed: int = 0,
+    variant: str = "distilled",
 ) -> None:
-    """Writes a Distilled checkpoint with random weights of the given shapes into `folder`."""
-    _write_json(
-        folder / "model_index.json",
-        {
-            "_class_name": "HeliosPyramidPipeline",
-            "is_cfg_zero_star": False,
-            "is_distilled": True,
-            "scheduler": ["diffusers", "HeliosDMDScheduler"],
-            "text_encoder": ["transformers", "UMT5EncoderModel"],
-            "tokenizer": ["transformers", "T5TokenizerFast"],
-            "transformer": ["diffusers", "HeliosTransformer3DModel"],
-            "vae": ["diffusers", "AutoencoderKLWan"],
-        },
-    )
-    _write_config(folder / "scheduler/scheduler_config.json", "HeliosDMDScheduler", SCHEDULER)
+    """Writes a checkpoint of a variant with random weights of the given shapes into `folder`.
+
+    Of the same shapes and seed, variants differ in the transformer's weights only, not in the text encoder's or VAE's.
+    """
+    row = next(row for row in VARIANTS if row.name == variant)
+    _write_json(folder / "model_index.json", _model_index(row))
+    _write_config(folder / "scheduler/scheduler_config.json", row.scheduler_class, SCHEDULERS[variant])
     _write_config(folder / "transformer/config.json", "HeliosTransformer3DModel", transformer)
     _write_config(folder / "vae/config.json", "AutoencoderKLWan", vae)
     text_config = UMT5Config(**{**TEXT_ENCODER, "d_model": transformer.text_dim})
@@ -114,11 +123,30 @@ def write_checkpoint(
             "vae/diffusion_pytorch_model": WanVae(vae),
         }
     for stem, module in parts.items():
-        weights = {name: _random(name, p, generator) for name, p in module.named_parameters()}
+        weights = _draw(module, generator)
+        if stem.startswith("transformer") and variant in TRANSFORMER_SEEDS:
+            weights = _draw(module, torch.Generator().manual_seed(seed + TRANSFORMER_SEEDS[variant]))
         if stem.startswith("vae"):
             save_file(weights, folder / f"{stem}.safetensors", {"format": "pt"})
         else:
             _write_shards(folder / stem, weights)
+
+
+def _model_index(variant: Variant) -> dict[str, Any]:
+    marks = {"is_cfg_zero_star": variant.is_cfg_zero_star, "is_distilled": variant.is_distilled}
+    return {
+        "_class_name": variant.pipeline_class,
+        **(marks if variant.stages > 1 else {}),  # a HeliosPipeline has no such settings
+        "scheduler": ["diffusers", variant.scheduler_class],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", "T5TokenizerFast"],
+        "transformer": ["diffusers", "HeliosTransformer3DModel"],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+    }
+
+
+def _draw(module: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+    return {name: _random(name, p, generator) for name, p in module.named_parameters()}
 
 
 def _random(name: str, parameter: nn.Parameter, generator: torch.Generator) -> Tensor:
@@ -182,4 +210,4 @@ def _write_json(path: Path, data: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    write_checkpoint(Path(sys.argv[1]))
+    write_checkpoint(Path(sys.argv[1]), variant=sys.argv[2] if len(sys.argv) > 2 else "distilled")

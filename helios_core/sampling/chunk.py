@@ -16,13 +16,14 @@ from einops import rearrange
 from torch import Tensor
 
 from helios_core.config import CHUNK_LATENTS, SchedulerConfig
+from helios_core.sampling.guidance import Guidance
 from helios_core.sampling.noise import block_noise, chunk_noise
-from helios_core.sampling.schedule import Stage, pyramid
+from helios_core.sampling.schedule import Stage, Step, pyramid
 from helios_core.sampling.solvers import Solver
 from helios_core.state import StreamState
 from helios_core.text import TextEmbeddings
 
-TEXT_CONTEXTS = 4  # prompts whose text keys and values a sampler keeps
+TEXT_CONTEXTS = 4  # prompts, or pairs of a prompt and its negative one, whose keys and values a sampler keeps
 TOKEN_AREA = 4  # latent pixels per token: the transformer's patch is 1 x 2 x 2
 
 
@@ -34,55 +35,76 @@ class Denoiser(Protocol):
     @property
     def device(self) -> torch.device: ...
     def text_context(self, text: Tensor) -> Any:
-        """What depends on the prompt alone: text [B, 512, text_dim], embedded for every layer."""
+        """What depends on the prompts alone: text [B, 512, text_dim], embedded for every layer."""
         ...
 
     def begin_chunk(self, anchor: Tensor, history: Tensor, text: Any) -> Any:
-        """What stays equal over a chunk's steps: anchor [B, C, 1, h, w] and history [B, C, 19, h, w], embedded."""
+        """What stays equal over a chunk's steps: anchor [1, C, 1, h, w] and history [1, C, 19, h, w], embedded."""
         ...
 
     def __call__(self, latents: Tensor, timestep: float, context: Any) -> Tensor:
-        """The velocity at `latents` [B, C, T, h', w'] of any float dtype, in the model's dtype."""
+        """The velocity at `latents` [1, C, T, h', w'] of any float dtype, for each text of `context`, in its dtype."""
         ...
 
 
-# Called with the stage's index before each transformer step; it may raise to stop the chunk.
+# Called with the stage's index before each run of the transformer; it may raise to stop the chunk.
 OnStep = Callable[[int], None]
 
 
 class ChunkSampler:
-    """A loaded transformer with its scheduler and solver: embeddings and a state go in, the next state comes out.
+    """A loaded transformer with its scheduler, solver and guidance: embeddings and a state go in, the next state
+    comes out.
 
-    Keeps nothing about a video; only the text contexts of the last prompts, by the digest of their embeddings
-    (0.42 GB each for the 14B model).
+    Keeps nothing about a video; only the text contexts of the last prompts, by the digests of their embeddings
+    (0.42 GB for each prompt of the 14B model, and as much for a negative one).
     """
 
-    def __init__(self, model: Denoiser, scheduler: SchedulerConfig, solver: Solver) -> None:
-        self.model, self.scheduler, self.solver = model, scheduler, solver
-        self._contexts: OrderedDict[str, Any] = OrderedDict()
+    def __init__(self, model: Denoiser, scheduler: SchedulerConfig, solver: Solver, guidance: Guidance) -> None:
+        self.model, self.scheduler, self.solver, self.guidance = model, scheduler, solver, guidance
+        self._contexts: OrderedDict[tuple[str, ...], Any] = OrderedDict()
 
     def sample(
-        self, text: TextEmbeddings, state: StreamState, steps: tuple[int, ...], on_step: OnStep | None = None
+        self,
+        text: TextEmbeddings,
+        state: StreamState,
+        steps: tuple[int, ...],
+        *,
+        negative: TextEmbeddings | None = None,
+        guidance_scale: float = 1.0,
+        on_step: OnStep | None = None,
     ) -> StreamState:
-        """The state after one more chunk; see `sample_chunk`."""
+        """The state after one more chunk; see `sample_chunk`.
+
+        `negative` is needed for a `guidance_scale` above 1 (else ValueError), and without effect up to 1.
+        """
+        if guidance_scale <= 1:
+            texts = [text]
+        elif negative is not None:
+            texts = [text, negative]
+        else:
+            raise ValueError(f"guidance_scale {guidance_scale} needs the embeddings of a negative prompt")
         return sample_chunk(
             self.model,
-            self._text_context(text),
+            self._text_context(texts),
             state,
             steps=steps,
             solver=self.solver,
             scheduler=self.scheduler,
+            guidance=self.guidance,
+            guidance_scale=guidance_scale,
             on_step=on_step,
         )
 
     @torch.inference_mode()
-    def _text_context(self, text: TextEmbeddings) -> Any:
-        if text.digest not in self._contexts:
+    def _text_context(self, texts: list[TextEmbeddings]) -> Any:
+        key = tuple(text.digest for text in texts)
+        if key not in self._contexts:
             if len(self._contexts) >= TEXT_CONTEXTS:
                 self._contexts.popitem(last=False)
-            self._contexts[text.digest] = self.model.text_context(text.padded().to(self.model.device, self.model.dtype))
-        self._contexts.move_to_end(text.digest)
-        return self._contexts[text.digest]
+            padded = torch.cat([text.padded() for text in texts])
+            self._contexts[key] = self.model.text_context(padded.to(self.model.device, self.model.dtype))
+        self._contexts.move_to_end(key)
+        return self._contexts[key]
 
 
 @torch.inference_mode()
@@ -94,24 +116,32 @@ def sample_chunk(
     steps: tuple[int, ...],
     solver: Solver,
     scheduler: SchedulerConfig,
+    guidance: Guidance,
+    guidance_scale: float = 1.0,
     on_step: OnStep | None = None,
 ) -> StreamState:
     """The state after one more chunk. A pure function: the same arguments give the same state, on any replica.
 
-    `text`: the model's text context; `steps`: transformer steps per stage, coarse to fine. Latents are solved on the
-    model's device, in fp32 at first and in the model's dtype from the first result on, as the reference does.
-    The chunk's own latents are `result.latents`.
+    `text`: the model's text context, of the prompt, and for a `guidance_scale` above 1 also of the negative prompt,
+    second; `steps`: the solver's steps per stage, coarse to fine. Latents are solved on the model's device, in fp32 at
+    first and then in the dtypes that `solver` gives, as the reference does. The chunk's own latents are
+    `result.latents`. Raises ValueError for a stage without steps.
     """
-    generator = state.generator()
     stages = pyramid(scheduler)
+    if len(steps) != len(stages) or min(steps) < 1:
+        raise ValueError(f"steps are {steps}; needed: at least one for each of {len(stages)} stages")
+    generator = state.generator()
     _, c, _, h, w = state.history.shape
     anchor = torch.zeros_like(state.history[:, :, :1]) if state.anchor is None else state.anchor
     context = model.begin_chunk(anchor.to(model.device), state.history.to(model.device), text)
 
-    def velocity(stage: Stage, x: Tensor, timestep: float) -> Tensor:
+    def velocity(stage: Stage, x: Tensor, step: Step) -> Tensor:
+        if guidance_scale > 1 and stage.index == 0 and step.index < guidance.zero_steps:
+            return torch.zeros_like(x, dtype=model.dtype)
         if on_step is not None:
             on_step(stage.index)
-        return model(x, timestep, context)
+        v = model(x, step.timestep, context)
+        return guidance.mix(v[:1], v[1:], guidance_scale) if guidance_scale > 1 else v
 
     noise = chunk_noise((1, c, CHUNK_LATENTS, h, w), generator)
     latents = noise.to(model.device)

@@ -1,8 +1,9 @@
-"""The pyramid's stages and the points in time at which a stage is solved; plain numbers in double precision.
+"""The stages of a chunk and the points in time at which a stage is solved; plain numbers in double precision.
 
-A chunk is denoised from coarse to fine (Helios report, section on pyramid sampling; the idea is that of Pyramidal
-Flow Matching, Jin et al. 2024, section 3.2). Every stage covers one part of the noise levels. When a stage ends, its
-result is upsampled and renoised so that it has the distribution with which the next stage begins.
+Helios-Base has one stage. The other variants have a pyramid: a chunk is denoised from coarse to fine (Helios report,
+section on pyramid sampling; the idea is that of Pyramidal Flow Matching, Jin et al. 2024, section 3.2). Every stage
+covers one part of the noise levels. When a stage ends, its result is upsampled and renoised so that it has the
+distribution with which the next stage begins.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,9 +39,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class Step:
-    """One transformer call: the clock shown to the model, the noise level before it and after it."""
+    """One step of a solver: its index in the stage, the model's clock, the noise level before it and after it."""
 
-    timestep: int
+    index: int
+    timestep: float
     sigma: float
     sigma_next: float
 
@@ -53,6 +56,8 @@ def pyramid(config: SchedulerConfig) -> tuple[Stage, ...]:
     Flow Matching, section 3.2, with block correlation -gamma).
     """
     n = config.num_train_timesteps
+    if config.stages == 1:  # the model's clock is the noise level
+        return (Stage(0, float(n), 0.0, signal=1.0, noise=0.0),)
     sigmas = np.linspace(1.0, 1.0 / n, n + 1)
     sigmas = 1.0 - sigmas
     sigmas = np.flip(config.shift * sigmas / (1.0 + (config.shift - 1.0) * sigmas))[:-1]
@@ -97,8 +102,34 @@ def few_step_points(stage: Stage, steps: int, tokens: int, config: SchedulerConf
     clock = timesteps.astype(np.int64)
     # The model was distilled with whole timesteps, each standing for the noise level whose own timestep is nearest.
     levels = sigmas[np.abs(timesteps[None, :] - clock[:, None]).argmin(axis=1)]
-    following = [*levels[1:], 0.0]
-    return tuple(Step(int(t), float(s), float(f)) for t, s, f in zip(clock, levels, following, strict=True))
+    return _steps(clock, levels)
+
+
+def multistep_points(stage: Stage, steps: int, tokens: int, config: SchedulerConfig) -> tuple[Step, ...]:
+    """The `steps` evenly spaced points of one stage for a solver that learns from its earlier steps.
+
+    In a pyramid the last step covers the last of the training's noise levels only, and the model's clock shows whole
+    timesteps; with one stage all steps are of the same length and the clock shows fractions.
+    """
+    n = config.num_train_timesteps
+    if config.stages == 1:
+        sigmas = np.linspace(STAGE_SIGMA_START, 0.0, steps + 1)[:-1]
+    else:
+        sigmas = np.linspace(STAGE_SIGMA_START, STAGE_SIGMA_START / n, steps)
+    if config.use_dynamic_shifting:
+        sigmas = _shift(sigmas, tokens, config)
+    if config.use_dynamic_shifting or config.stages == 1:
+        clock = stage.timestep_last + sigmas * (stage.timestep_first - stage.timestep_last)
+    else:
+        clock = np.linspace(stage.timestep_first, stage.timestep_last, steps)
+    return _steps(clock if config.stages == 1 else clock.astype(np.int64), sigmas)
+
+
+def _steps(clock: NDArray[Any], sigmas: NDArray[np.float64]) -> tuple[Step, ...]:
+    following = [*sigmas[1:], 0.0]
+    return tuple(
+        Step(i, float(t), float(s), float(f)) for i, (t, s, f) in enumerate(zip(clock, sigmas, following, strict=True))
+    )
 
 
 def _shift(sigmas: NDArray[np.float64], tokens: int, config: SchedulerConfig) -> NDArray[np.float64]:

@@ -53,7 +53,8 @@ class Attention(nn.Module):
         return self._split(self.norm_k(self.to_k(x_BLD))), self._split(self.to_v(x_BLD))
 
     def forward(self, q_BLNH: Tensor, k_BSNH: Tensor, v_BSNH: Tensor) -> Tensor:
-        """Every query sees every key. [B, L, D]"""
+        """Every query sees every key. [B, L, D], B that of the keys; queries of batch 1 serve them all."""
+        q_BLNH = q_BLNH.expand(len(k_BSNH), -1, -1, -1)
         q, k, v = (heads.transpose(1, 2) for heads in (q_BLNH, k_BSNH, v_BSNH))
         out_BNLH = F.scaled_dot_product_attention(q, k, v)
         out_BLD: Tensor = self.to_out(out_BNLH.transpose(1, 2).flatten(2))
@@ -124,7 +125,10 @@ class Block(nn.Module):
         heads: tuple[Tensor, Tensor, Tensor],
         text: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """The tokens after this layer. `heads`: own queries, everybody's keys and values; `text`: its keys, values."""
+        """The tokens after this layer. `heads`: own queries, everybody's keys and values; `text`: its keys, values.
+
+        Tokens of batch 1 take on the batch of what they see.
+        """
         c = x_BLD.dtype
         x_BLD = (x_BLD.float() + self.attn1(*heads) * m.gate1).to(c)
         if text is not None:

@@ -4,6 +4,9 @@
   step's timestep and do. They meet in self-attention only, so each kind is one tensor with one modulation.
 - What does not change is computed once: per prompt the text's keys and values (`TextContext`), per chunk everything
   of the history that no noisy token has touched (`ChunkContext`). Neither is ever written to.
+- What several prompts have in common is computed once: latents and history of batch 1 stay so until they have seen
+  texts of batch B (two for guidance): the noisy tokens up to the first block's cross-attention, the history up to the
+  second block's self-attention.
 - Position tables are no part of the checkpoint: rope.py computes and caches them.
 
 Shapes: B batch, C latent channels, T latent frames, H, W latent rows and columns; L tokens, S text tokens, D model dim,
@@ -100,10 +103,11 @@ class HeliosTransformer(nn.Module):
         return ChunkContext(text, tokens_BLD, rope_2L1P, clean, first_heads)
 
     def forward(self, latents_BCTHW: Tensor, timestep: Tensor | float | int, context: ChunkContext) -> Tensor:
-        """The velocity at `latents_BCTHW`, of its shape and in c.
+        """The velocity at `latents_BCTHW`, in c.
 
         `latents_BCTHW`: [B, C, 9, h, w], h and w those of the stage; any floating dtype, rounded to c. `timestep`:
         one number in [0, 1000], whole or fractional, for the whole batch; a tensor lies on the CPU or on `device`.
+        Latents and history may have batch 1 where the text has more: the velocity is then that for each text.
         Raises ValueError if h or w is odd.
         """
         frames, height, width = self._grid(latents_BCTHW)
@@ -121,7 +125,7 @@ class HeliosTransformer(nn.Module):
                 past_q, past_k, past_v = block.project(history, clean[i], past_rope)
             else:  # after the last block nobody reads the history
                 past_k, past_v = block.project_keys_values(history, clean[i], past_rope)
-            k, v = torch.cat([past_k, k], dim=1), torch.cat([past_v, v], dim=1)
+            k, v = _join(past_k, k), _join(past_v, v)
             noisy = block.update(noisy, modulation[i], (q, k, v), context.text.keys_values[i])
             if i < last:
                 history = block.update(history, clean[i], (past_q, k, v))
@@ -151,6 +155,11 @@ class HeliosTransformer(nn.Module):
         if h % ph or w % pw:
             raise ValueError(f"latents of {h} rows and {w} columns are not whole patches of {ph} x {pw}")
         return t // pt, h // ph, w // pw
+
+
+def _join(past_BLNH: Tensor, noisy_BLNH: Tensor) -> Tensor:
+    """Keys or values of all tokens. The history's may still be of batch 1."""
+    return torch.cat([past_BLNH.expand(len(noisy_BLNH), -1, -1, -1), noisy_BLNH], dim=1)
 
 
 def _patch(config: TransformerConfig, scale: int) -> nn.Conv3d:

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from helios_core.config import TransformerConfig
 from helios_core.demo.checkpoint import TRANSFORMER, write_checkpoint
 from helios_core.errors import CheckpointError, InvalidInput
 from helios_core.helios import Helios
+from helios_core.sampling.guidance import CFG_ZERO_STAR, CLASSIFIER_FREE
+from helios_core.sampling.solvers import few_step, unipc
 
 CPU = torch.device("cpu")
 
@@ -46,6 +49,7 @@ def edit_weights(path: Path, change: Callable[[dict[str, torch.Tensor]], object]
 VAE = "vae/diffusion_pytorch_model.safetensors"
 INDEX = "transformer/diffusion_pytorch_model.safetensors.index.json"
 SHARD = "transformer/diffusion_pytorch_model-00001-of-00002.safetensors"
+SCHEDULER = "scheduler/scheduler_config.json"
 TEXT = "text_encoder/model-00001-of-00002.safetensors"
 
 # what is done to a good folder ▸ words that the error must hold
@@ -67,7 +71,30 @@ BROKEN: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         lambda f: edit_json(f / "transformer/config.json", rope_dim=[2, 2, 2]),
         ["rope_dim", "(2, 2, 2)", "32"],
     ),
-    "unknown variant": (lambda f: edit_json(f / "model_index.json", is_distilled=False), ["is_distilled", "distilled"]),
+    "unknown variant": (
+        lambda f: edit_json(f / "model_index.json", is_distilled=False),
+        ["not a variant", "is_distilled False, is_cfg_zero_star False; served: base", "mid", "distilled"],
+    ),
+    "Base's pipeline with a Distilled's scheduler": (
+        lambda f: edit_json(f / "model_index.json", _class_name="HeliosPipeline"),
+        ["pipeline_class HeliosPipeline, scheduler_class HeliosDMDScheduler"],
+    ),
+    "Distilled with Mid's guidance": (
+        lambda f: edit_json(f / "model_index.json", is_cfg_zero_star=True),
+        ["is_distilled True, is_cfg_zero_star True"],
+    ),
+    "unknown scheduler": (
+        lambda f: edit_json(f / SCHEDULER, _class_name="UniPCMultistepScheduler"),
+        ["scheduler_class UniPCMultistepScheduler"],
+    ),
+    "two stages": (
+        lambda f: edit_json(f / SCHEDULER, stages=2, stage_range=[0, 0.5, 1]),
+        [SCHEDULER, "stages is 2; supported for distilled: 3"],
+    ),
+    "stages that do not fill the range": (
+        lambda f: edit_json(f / SCHEDULER, stage_range=[0, 1 / 3, 2 / 3, 0.9]),
+        [SCHEDULER, "stage_range", "0.9"],
+    ),
     "missing weights file": (lambda f: (f / VAE).unlink(), [VAE, "missing"]),
     "missing shard": (lambda f: (f / SHARD).unlink(), [SHARD, "missing"]),
     "pickle in place of weights": (
@@ -127,6 +154,83 @@ def test_whole_folder_is_accepted(folder: Path) -> None:
         "distilled",
         64,
     )
+
+
+# variant ▸ card, and what the sampler is made of
+VARIANT_PARTS = {
+    "base": (1, 16, 5.0, unipc, CLASSIFIER_FREE),
+    "mid": (3, 64, 5.0, unipc, CFG_ZERO_STAR),
+    "distilled": (3, 64, 1.0, few_step, CLASSIFIER_FREE),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANT_PARTS)
+def test_the_three_layouts_are_told_apart(tmp_path: Path, variant: str) -> None:
+    write_checkpoint(tmp_path, variant=variant)
+    checkpoint = Checkpoint.open(str(tmp_path))
+    card, sampler = checkpoint.card, checkpoint.load_sampler(CPU, torch.float32)
+    assert card.variant.name == variant
+    parts = (card.stages, card.size_multiple, card.variant.guidance_scale, sampler.solver, sampler.guidance)
+    assert parts == VARIANT_PARTS[variant]
+    assert all(len(steps) == card.stages for steps in card.variant.presets.values())
+
+
+@pytest.mark.parametrize("name, variant", [("demo", "distilled"), ("demo-base", "base"), ("demo-mid", "mid")])
+def test_demos_by_name(name: str, variant: str) -> None:
+    checkpoint = Checkpoint.open(name)
+    checkpoint.verify()
+    card = checkpoint.card
+    assert (card.id, card.variant.name, card.default_size, checkpoint.source) == (name, variant, (128, 64), name)
+
+
+def test_text_encoder_and_vae_are_the_same_in_all_demos(made: Path, tmp_path: Path) -> None:
+    shards = {}
+    for variant in ("base", "mid"):
+        write_checkpoint(tmp_path / variant, variant=variant)
+        for part in ("text_encoder", "tokenizer", "vae"):
+            for path in (made / part).iterdir():
+                assert (tmp_path / variant / part / path.name).read_bytes() == path.read_bytes()
+        shards[variant] = (tmp_path / variant / SHARD).read_bytes()
+    assert len({*shards.values(), (made / SHARD).read_bytes()}) == 3
+
+
+# settings of a HeliosScheduler that are not served ▸ words that the error must hold
+BROKEN_UNIPC: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "Euler": ({"scheduler_type": "euler"}, ["scheduler_type is 'euler'", "'unipc'"]),
+    "third order": ({"solver_order": 3}, ["solver_order is 3; supported: 2"]),
+    "bh1": ({"solver_type": "bh1"}, ["solver_type is 'bh1'", "'bh2'"]),
+    "noise prediction": ({"predict_x0": False}, ["predict_x0 is False"]),
+    "full order to the end": ({"lower_order_final": False}, ["lower_order_final is False"]),
+    "no corrector at first": ({"disable_corrector": [0]}, ["disable_corrector is (0,)"]),
+    "thresholding": ({"thresholding": True}, ["thresholding is True"]),
+    "another predictor": ({"solver_p": "DDIM"}, ["solver_p is 'DDIM'"]),
+    "shift of one stage": ({"shift": 3.0, "use_dynamic_shifting": False}, ["shift is 3.0; supported: 1.0"]),
+    "both shifts": ({"shift": 3.0}, ["shift is 3.0", "use_dynamic_shifting"]),
+    "three stages": ({"stages": 3, "stage_range": [0, 1 / 3, 2 / 3, 1]}, ["stages is 3; supported for base: 1"]),
+    "no stages": ({"stages": 0, "stage_range": [0]}, ["stage_range is (0.0,)"]),
+    "unknown shift": ({"time_shift_type": "cubic"}, ["time_shift_type is 'cubic'"]),
+    "epsilon": ({"prediction_type": "epsilon"}, ["prediction_type is 'epsilon'"]),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_UNIPC)
+def test_settings_of_the_solver_that_are_not_served_are_refused(tmp_path: Path, name: str) -> None:
+    settings, words = BROKEN_UNIPC[name]
+    write_checkpoint(tmp_path, variant="base")
+    edit_json(tmp_path / SCHEDULER, **settings)
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint.open(str(tmp_path))
+    assert all(word in str(caught.value) for word in (SCHEDULER, *words)), str(caught.value)
+
+
+def test_left_out_settings_of_the_scheduler_are_those_of_its_class(tmp_path: Path) -> None:
+    types = {}
+    for variant in ("mid", "distilled"):
+        write_checkpoint(tmp_path / variant, variant=variant)
+        path = tmp_path / variant / SCHEDULER
+        path.write_text(json.dumps({"_class_name": json.loads(path.read_text())["_class_name"]}))
+        types[variant] = Checkpoint.open(str(tmp_path / variant)).scheduler.time_shift_type
+    assert types == {"mid": "exponential", "distilled": "linear"}
 
 
 def test_all_zero_text_encoder_is_refused(folder: Path) -> None:

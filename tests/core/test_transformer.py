@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ CONFIG = TransformerConfig(
     rope_dim=(8, 4, 4),
 )
 SIZES = [(2, 4), (4, 8), (8, 16)]  # of the stages
+LINEARS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_q", "attn2.to_out.0", "ffn.net.2")
 HISTORY_TOKENS = 4 * 1 * 2 + 1 * 2 * 4 + 2 * 4 * 8  # long, mid, short
 
 
@@ -123,6 +125,52 @@ def test_nothing_is_computed_twice(model: HeliosTransformer) -> None:
     assert {rows[f"blocks.{i}.attn2.to_q"] for i in range(3)} == {noisy}
     assert not [name for name in rows if "text" in name or "attn2.to_k" in name or "attn2.to_v" in name]
     assert rows["condition_embedder.time_proj"] == 1
+
+
+def test_what_two_texts_share_is_computed_once(model: HeliosTransformer) -> None:
+    """One pass for two texts is two passes, but all that has seen no text yet runs with batch 1."""
+    prompts = draw(2, 512, CONFIG.text_dim, seed=0)
+    h, w = SIZES[0]
+    noisy = draw(1, 16, 9, h, w, seed=1)
+    context = chunk(model, model.text_context(prompts))
+    batches: dict[str, set[int]] = {}
+
+    def hook(name: str) -> Any:
+        return lambda module, args, out: batches.setdefault(name, set()).add(len(args[0]))
+
+    handles = [
+        module.register_forward_hook(hook(name))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv3d)
+    ]
+    try:
+        both = model(noisy, 500, context)
+    finally:
+        for handle in handles:
+            handle.remove()
+    apart = [model(noisy, 500, chunk(model, model.text_context(prompt[None]))) for prompt in prompts]
+    torch.testing.assert_close(both, torch.cat(apart), rtol=0, atol=1e-5)
+
+    assert batches["patch_embedding"] == batches["condition_embedder.time_proj"] == {1}
+    first, second = ({name: batches[f"blocks.{i}.{name}"] for name in LINEARS} for i in (0, 1))
+    assert first == {
+        "attn1.to_q": {1},
+        "attn1.to_k": {1},
+        "attn1.to_v": {1},
+        "attn1.to_out.0": {1},
+        "attn2.to_q": {1},
+        "attn2.to_out.0": {2},
+        "ffn.net.2": {1, 2},  # history, noisy tokens
+    }
+    assert second == {
+        "attn1.to_q": {1, 2},
+        "attn1.to_k": {1, 2},
+        "attn1.to_v": {1, 2},
+        "attn1.to_out.0": {2},
+        "attn2.to_q": {2},
+        "attn2.to_out.0": {2},
+        "ffn.net.2": {2},
+    }
 
 
 def test_inputs_are_rounded_to_the_compute_dtype(model: HeliosTransformer) -> None:

@@ -1,15 +1,23 @@
-"""Tiny random Distilled pipelines of diffusers 0.42.1: the numerical oracle, and a writer of official folders."""
+"""Tiny random pipelines of diffusers 0.42.1: the numerical oracle, and a writer of official folders."""
 
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from diffusers import AutoencoderKLWan, HeliosDMDScheduler, HeliosPyramidPipeline, HeliosTransformer3DModel
+from diffusers import (
+    AutoencoderKLWan,
+    HeliosDMDScheduler,
+    HeliosPipeline,
+    HeliosPyramidPipeline,
+    HeliosScheduler,
+    HeliosTransformer3DModel,
+)
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from helios_core.demo.checkpoint import write_tokenizer
@@ -51,18 +59,27 @@ GEOMETRIES = {
 }
 
 
-def distilled_pipeline(geometry: Geometry, folder: Path) -> HeliosPyramidPipeline:
-    """A pipeline of this shape with random weights. `folder` takes its tokenizer's file."""
+def make_scheduler(variant: str) -> Any:
+    """The variant's scheduler as the official checkpoint configures it."""
+    if variant == "base":
+        return HeliosScheduler(stages=1, stage_range=[0, 1], use_dynamic_shifting=True, time_shift_type="exponential")
+    if variant == "mid":
+        return HeliosScheduler()
+    return HeliosDMDScheduler(use_dynamic_shifting=True, time_shift_type="linear")
+
+
+def make_pipeline(variant: str, geometry: Geometry, folder: Path) -> Any:
+    """A pipeline of this variant and shape with random weights. `folder` takes its tokenizer's file."""
     torch.manual_seed(geometry.width + geometry.height)
     write_tokenizer(folder)
-    pipeline = HeliosPyramidPipeline(
-        tokenizer=PreTrainedTokenizerFast(
+    parts = {
+        "tokenizer": PreTrainedTokenizerFast(
             tokenizer_file=str(folder / "tokenizer.json"),
             eos_token="</s>",
             pad_token="<pad>",
             unk_token="<unk>",
         ),
-        text_encoder=UMT5EncoderModel(
+        "text_encoder": UMT5EncoderModel(
             UMT5Config(
                 vocab_size=384,
                 d_model=32,
@@ -73,9 +90,9 @@ def distilled_pipeline(geometry: Geometry, folder: Path) -> HeliosPyramidPipelin
                 feed_forward_proj="gated-gelu",
             )
         ).eval(),
-        vae=AutoencoderKLWan(num_res_blocks=1, **geometry.vae),
-        scheduler=HeliosDMDScheduler(use_dynamic_shifting=True, time_shift_type="linear"),
-        transformer=HeliosTransformer3DModel(
+        "vae": AutoencoderKLWan(num_res_blocks=1, **geometry.vae),
+        "scheduler": make_scheduler(variant),
+        "transformer": HeliosTransformer3DModel(
             num_attention_heads=geometry.heads,
             attention_head_dim=geometry.head_dim,
             rope_dim=geometry.rope_dim,
@@ -84,35 +101,55 @@ def distilled_pipeline(geometry: Geometry, folder: Path) -> HeliosPyramidPipelin
             ffn_dim=64,
             num_layers=geometry.layers,
         ),
-        is_cfg_zero_star=False,
-        is_distilled=True,
-    )
+    }
+    if variant == "base":
+        pipeline = HeliosPipeline(**parts)
+    else:
+        pipeline = HeliosPyramidPipeline(
+            **parts, is_cfg_zero_star=variant == "mid", is_distilled=variant == "distilled"
+        )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 def run_reference(
-    pipeline: HeliosPyramidPipeline,
+    pipeline: Any,
     geometry: Geometry,
     prompt: str,
     chunks: int,
     seed: int,
     steps: tuple[int, ...],
-    amplify: bool,
     output: str,
+    *,
+    amplify: bool = False,
+    guidance_scale: float = 1.0,
+    negative_prompt: str | None = None,
+    **inputs: Any,
 ) -> Any:
-    """What diffusers makes: "latent": [1, 16, 9 * chunks, h, w]; "np": frames [1, F, H, W, 3] in [0, 1]."""
-    with mock.patch("torch.linalg.cholesky", _singular_factor):
+    """What diffusers makes: "latent": [1, 16, 9 * chunks, h, w]; "np": frames [1, F, H, W, 3] in [0, 1].
+
+    With "latent" it puts the latents of an image (1) or video (9 per block) first. `inputs`: what else the pipeline
+    takes, such as `image` or `video`.
+    """
+    if isinstance(pipeline, HeliosPyramidPipeline):
+        inputs |= {"pyramid_num_inference_steps_list": list(steps), "is_amplify_first_chunk": amplify}
+    else:
+        inputs["num_inference_steps"] = steps[0]
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch("torch.linalg.cholesky", _singular_factor))
+        if output == "latent":  # it would decode every chunk all the same, and that takes most of the time
+            nothing = torch.zeros(1, 3, 1, 1, 1)
+            patches.enter_context(mock.patch.object(pipeline.vae, "decode", return_value=(nothing,)))
         return pipeline(
             prompt=prompt,
+            negative_prompt=negative_prompt,
+            guidance_scale=guidance_scale,
             width=geometry.width,
             height=geometry.height,
             num_frames=33 * chunks,
-            guidance_scale=1.0,
-            pyramid_num_inference_steps_list=list(steps),
-            is_amplify_first_chunk=amplify,
             generator=torch.Generator("cpu").manual_seed(seed),
             output_type=output,
+            **inputs,
         ).frames
 
 
