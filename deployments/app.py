@@ -1,15 +1,17 @@
-"""The Ray Serve graph: five deployments and who calls whom."""
+"""The Ray Serve graph: which deployments there are and who calls whom."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ray import serve
 from ray.serve import Application
 
-from deployments.config import AppConfig, Pool
-from deployments.graph import DirectorReplica
+from deployments.config import AppConfig, ConfigError, Pool
+from deployments.graph import DirectorReplica, ModelHandles
 from deployments.ingress import Ingress
 from deployments.sampler import Sampler
 from deployments.store import Store
@@ -23,30 +25,60 @@ LONGEST_ANSWER_S = 2.0  # one that only waits has nothing to finish that would n
 
 
 def build_app(config: AppConfig) -> Application:
-    """Ingress ▸ Director ▸ (TextEncoder, Sampler, VaeDecoder).
+    """Ingress ▸ Director ▸ for each model (TextEncoder, Sampler, VaeDecoder), of which models share what is equal.
 
-    Raises CheckpointError if the model cannot be opened. Weights are loaded by the replicas, each its own.
+    Raises CheckpointError if a model cannot be opened, ConfigError if two have the same id. Weights are loaded by the
+    replicas, each its own.
     """
-    checkpoint = Checkpoint.open(config.model)
-    if checkpoint.hub_id is None:
-        checkpoint.verify()  # here, so that a broken file is one clear message and not five failing replicas
+    checkpoints = [Checkpoint.open(settings.model) for settings in config.models]
+    ids = [checkpoint.card.id for checkpoint in checkpoints]
+    if len(set(ids)) < len(ids):
+        raise ConfigError(f"models are {', '.join(ids)}; allowed: each id once")
+    for checkpoint in checkpoints:
+        if checkpoint.hub_id is None:
+            checkpoint.verify()  # here, so that a broken file is one clear message and not five failing replicas
     # Replicas have working directories of their own and may be on other machines: they get what means the same there.
     trace_file = None if config.trace_file is None else str(Path(config.trace_file).absolute())
-    config = config.override(model=checkpoint.source, store=Store(config.store).url, trace_file=trace_file)
-    text_encoder = deploy(TextEncoder, config.text_encoder, at_once=4).bind(config)
-    sampler = deploy(Sampler, config.sampler, at_once=1).bind(config)
-    vae_decoder = deploy(VaeDecoder, config.vae_decoder, at_once=2).bind(config)  # one is stored, the next decoded
-    director = deploy(DirectorReplica, config.director, at_once=MANY, name="Director").bind(
-        config, text_encoder, sampler, vae_decoder
-    )
+    config = config.override(store=Store(config.store).url, trace_file=trace_file)
+
+    encoders, decoders = _owners(checkpoints, "text_encoder"), _owners(checkpoints, "vae")
+    text_encoders, samplers, vae_decoders = {}, {}, {}
+    for settings, checkpoint in zip(config.models, checkpoints, strict=True):
+        own, source = checkpoint.card.id, checkpoint.source
+        if own in encoders:
+            encoder = deploy(TextEncoder, config.text_encoder, at_once=4, name=_name("TextEncoder", own, encoders))
+            text_encoders[own] = encoder.bind(config, source)
+        if own in decoders:  # one chunk is stored while the next is decoded
+            decoder = deploy(VaeDecoder, config.vae_decoder, at_once=2, name=_name("VaeDecoder", own, decoders))
+            vae_decoders[own] = decoder.bind(config, source)
+        sampler = deploy(Sampler, settings.sampler, at_once=1, name=_name("Sampler", own, ids))
+        samplers[own] = sampler.bind(config, settings.sampler, source)
+    models = {
+        own: ModelHandles(settings.sampler, text_encoders[encoder], samplers[own], vae_decoders[decoder])
+        for settings, own, encoder, decoder in zip(config.models, ids, encoders, decoders, strict=True)
+    }
+    director = deploy(DirectorReplica, config.director, at_once=MANY, name="Director").bind(config, models)
     ingress: Application = deploy(
         Ingress,
         config.ingress,
         at_once=MANY,
         # Behind HAProxy this hands the socket's own `send` to the application, which then waits for a slow viewer.
         environment={"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"} if config.haproxy else None,
-    ).bind(config, checkpoint.card, director)
+    ).bind(config, [checkpoint.card for checkpoint in checkpoints], director)
     return ingress
+
+
+def _owners(checkpoints: Sequence[Checkpoint], part: str) -> list[str]:
+    """For each checkpoint the id of the first one whose `part` has the very files that its own has."""
+    if len(checkpoints) == 1:
+        return [checkpoints[0].card.id]  # nothing to compare, and the files may be large
+    first: dict[str, str] = {}
+    return [first.setdefault(checkpoint.digest(part), checkpoint.card.id) for checkpoint in checkpoints]
+
+
+def _name(kind: str, owner: str, owners: Sequence[str]) -> str:
+    """A deployment's name: with its model's only if there are several of its kind."""
+    return kind if len(set(owners)) == 1 else f"{kind}-{re.sub(r'[^A-Za-z0-9.]+', '-', owner)}"
 
 
 def deploy(

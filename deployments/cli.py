@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from helios_core.config import CHUNK_FRAMES
 from helios_core.errors import HeliosError, InvalidInput
-from helios_core.spec import VideoRequest
+from helios_core.spec import PromptAt, VideoRequest
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -59,13 +59,14 @@ def serve(
     settings = AppConfig() if config is None else AppConfig.read(config)
     if trace_file is not None:
         check_writable("trace_file", trace_file)
-    settings = settings.override(model=model, host=host, port=port, store=store, trace_file=trace_file)
-    settings = settings.with_replicas(sampler=samplers, vae_decoder=vae_decoders)
+    settings = settings.override(host=host, port=port, store=store, trace_file=trace_file)
+    settings = settings.with_model(model).with_replicas(samplers, vae_decoders)
     stop = threading.Event()
     with run_service(settings) as url:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
-        console.print(f"serving {settings.model} at {url}, logging to {log_folder()}")
+        models = ", ".join(each.model for each in settings.models)
+        console.print(f"serving {models} at {url}, logging to {log_folder()}")
         stop.wait()
         console.print("stopping")
 
@@ -82,6 +83,13 @@ def generate(
     preset: Annotated[str | None, typer.Option(help="a named step list, for example realtime or quality")] = None,
     amplify_first_chunk: Annotated[
         bool | None, typer.Option("--amplify-first-chunk/--no-amplify-first-chunk", help="on for Distilled")
+    ] = None,
+    image: Annotated[Path | None, typer.Option(help="PNG, JPEG or WebP that the video begins with")] = None,
+    video: Annotated[Path | None, typer.Option(help="MP4, MOV or WebM that the video goes on from")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="1 means none; Base and Mid use 5 by default")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="what guidance leads away from")] = None,
+    prompt_at: Annotated[
+        list[str] | None, typer.Option(help='3:"a green moon" changes the prompt after 3 seconds; repeatable')
     ] = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -105,9 +113,15 @@ def generate(
         "steps": None if steps is None else parse_steps(steps),
         "preset": preset,
         "amplify_first_chunk": amplify_first_chunk,
+        "guidance_scale": guidance_scale,
+        "negative_prompt": negative_prompt,
+        "prompts": tuple(parse_prompt_at(text) for text in prompt_at or ()),
     }
+    for option, path in (("image", image), ("video", video)):
+        if path is not None and not path.is_file():
+            raise InvalidInput(option, str(path), "a file")
     spec = VideoRequest(prompt, **settings).check(Checkpoint.open(model).card)  # before minutes go into loading weights
-    chunks = Helios.load(model, device, dtype).stream(prompt, **settings)
+    chunks = Helios.load(model, device, dtype).stream(prompt, image=image, video=video, **settings)
     latents = []
     with output.open("wb") as file, progress_bar() as progress:
         task = progress.add_task("", total=spec.frames, chunk=0, chunks=spec.chunks, rate=0.0, real_time=0.0)
@@ -140,7 +154,7 @@ def demo(
     check_writable("output", output)
     with tempfile.TemporaryDirectory() as store:
         console.print(f"starting the service on the model {model}")
-        with run_service(AppConfig(model=model, store=store, port=free_port())) as url:
+        with run_service(AppConfig(store=store, port=free_port()).with_model(model)) as url:
             console.print(f"streaming {prompt!r}")
             save_stream(url, prompt, seconds, output)
 
@@ -213,6 +227,17 @@ def parse_steps(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise InvalidInput("steps", text, "whole numbers with commas between, for example 2,2,2") from None
+
+
+def parse_prompt_at(text: str) -> PromptAt:
+    """ "3:a green moon" as a change of the prompt after 3 seconds. Raises InvalidInput."""
+    seconds, colon, prompt = text.partition(":")
+    try:
+        if colon:
+            return PromptAt(float(seconds), prompt)
+    except ValueError:
+        pass  # told below
+    raise InvalidInput("prompt_at", text, 'seconds, a colon and a prompt, for example 3:"a green moon"')
 
 
 def check_writable(option: str, path: Path) -> None:

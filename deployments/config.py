@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, Literal
 
 import pydantic
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from helios_core.errors import HeliosError
+from helios_core.media.read import MediaLimits
 from helios_core.spec import Limits
 
 
@@ -63,10 +65,27 @@ class SamplerPool(ModelPool):
     min_chunk_seconds: float = Field(0.0, ge=0)
 
 
-class AppConfig(Settings):
-    """Everything about one service. `model`: demo, a folder in the official layout, or a hub id."""
+class ModelSettings(Settings):
+    """One model and its samplers. `model`: a known name, a folder in the official layout, or a hub id."""
 
     model: str = "demo"
+    sampler: SamplerPool = SamplerPool()
+
+
+class UploadLimits(Settings):
+    """The largest upload that is accepted. Lengths in seconds, as the file's header and its frames have them."""
+
+    max_bytes: int = Field(64 << 20, ge=1024)
+    max_seconds: float = Field(60.0, gt=0)
+
+    def media_limits(self) -> MediaLimits:
+        return MediaLimits(max_bytes=self.max_bytes, max_video_seconds=self.max_seconds)
+
+
+class AppConfig(Settings):
+    """Everything about one service. The first of `models` is the one of a request that names none."""
+
+    models: tuple[ModelSettings, ...] = Field((ModelSettings(),), min_length=1)
     testing: bool = False  # allows settings that no real service wants
     store: str = "./helios-data"  # a folder, or s3://, gs://, az://
     host: str = "127.0.0.1"
@@ -75,14 +94,15 @@ class AppConfig(Settings):
     # RAY_SERVE_ENABLE_HA_PROXY=1 on each of its nodes besides.
     haproxy: bool = False
     torch_threads: int | None = Field(None, ge=1)  # None: half of the cores (helios_core.checkpoints.use_threads)
-    max_body_bytes: int = Field(1 << 20, ge=1024)
+    max_body_bytes: int = Field(1 << 20, ge=1024)  # without uploads
+    keep_states: Literal["last", "all"] = "last"  # all: a video can be forked at any chunk, for 5 MB a chunk
     trace_file: str | None = None  # spans are appended to it as JSON lines, by every process of this machine
     log_prompts: bool = False  # else logs and traces have a prompt's SHA-256 only
     limits: Limits = Limits()
+    uploads: UploadLimits = UploadLimits()
     ingress: Pool = Pool()
     director: Pool = Pool()
-    text_encoder: ModelPool = ModelPool()
-    sampler: SamplerPool = SamplerPool()
+    text_encoder: ModelPool = ModelPool()  # of each text encoder, and of each VAE: models with equal files share one
     vae_decoder: VaePool = VaePool()
 
     @pydantic.field_validator("director")
@@ -92,26 +112,35 @@ class AppConfig(Settings):
             raise ValueError(f"max_replicas is {pool.max_replicas}; allowed: 1, because one Director leads a store")
         return pool
 
-    @pydantic.field_validator("sampler")
-    @classmethod
-    def _paced_in_tests_only(cls, pool: SamplerPool, others: pydantic.ValidationInfo) -> SamplerPool:
-        if pool.min_chunk_seconds > 0 and not others.data.get("testing"):
-            raise ValueError(f"min_chunk_seconds is {pool.min_chunk_seconds}; allowed: 0, unless testing is true")
-        return pool
+    @pydantic.model_validator(mode="after")
+    def _paced_in_tests_only(self) -> AppConfig:
+        for settings in self.models:
+            pause = settings.sampler.min_chunk_seconds
+            if pause > 0 and not self.testing:
+                raise ValueError(f"min_chunk_seconds is {pause}; allowed: 0, unless testing is true")
+        return self
 
     def override(self, **changes: object) -> AppConfig:
         """This configuration with the settings that are not None replaced, and checked again. Raises ConfigError."""
         data = self.model_dump(mode="json") | {name: value for name, value in changes.items() if value is not None}
         return self._checked(data, "the command line")
 
-    def with_replicas(self, **pools: int | None) -> AppConfig:
-        """This configuration with a fixed number of replicas in the named pools, where a number is given."""
-        sizes = {
-            name: {**getattr(self, name).model_dump(), "min_replicas": n, "max_replicas": n}
-            for name, n in pools.items()
-            if n is not None
-        }
-        return self.override(**sizes)
+    def with_model(self, model: str | None) -> AppConfig:
+        """This configuration with one model, on samplers like those of its first, if a model is given."""
+        if model is None:
+            return self
+        return self.override(models=[{**self.models[0].model_dump(mode="json"), "model": model}])
+
+    def with_replicas(self, samplers: int | None = None, vae_decoders: int | None = None) -> AppConfig:
+        """This configuration with fixed numbers of replicas, where a number is given: of each model's samplers, of each
+        VAE's decoders."""
+
+        def fixed(pool: Pool, replicas: int | None) -> dict[str, Any]:
+            size = {} if replicas is None else {"min_replicas": replicas, "max_replicas": replicas}
+            return {**pool.model_dump(mode="json"), **size}
+
+        models = [{"model": each.model, "sampler": fixed(each.sampler, samplers)} for each in self.models]
+        return self.override(models=models, vae_decoder=fixed(self.vae_decoder, vae_decoders))
 
     @classmethod
     def read(cls, path: Path) -> AppConfig:
@@ -133,6 +162,6 @@ class AppConfig(Settings):
         except pydantic.ValidationError as error:
             first = error.errors()[0]
             name = ".".join(str(part) for part in first["loc"]) or "the whole"
-            raise ConfigError(f"{source}: {name} is {first['input']!r}: {first['msg']}") from None
+            raise ConfigError(f"{source}: {name} is {first['input']!r:.200}: {first['msg']}") from None
         except (TypeError, ValueError) as error:  # a date as a key, or a mapping that holds itself
             raise ConfigError(f"{source}: not plain settings: {error}") from None

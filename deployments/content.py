@@ -61,14 +61,17 @@ def live_response(request: Request, news: AskNews, store: Store) -> Response:
     return media(request, body, 200 if start is None else 206, headers)
 
 
-def file_response(request: Request, objects: Sequence[StoredObject], store: Store, whole: bool) -> Response:
-    """A file that nobody writes any more, or the part of it that is asked for. `whole`: it is a completed video's, and
-    so can be cached for ever. Raises RequestError 416 for a part that there is not."""
+def file_response(
+    request: Request, objects: Sequence[StoredObject], store: Store, whole: bool, media_type: str = "video/mp4"
+) -> Response:
+    """A file that nobody writes any more, or the part of it that is asked for. `whole`: it will never be another one,
+    and so can be cached for ever. Raises RequestError 416 for a part that there is not."""
     size = sum(item.bytes for item in objects)
     etag = etag_of(objects)
     headers = {
         "Accept-Ranges": "bytes",
         "Cache-Control": "private, max-age=31536000, immutable" if whole else "private, no-cache",
+        "Content-Type": media_type,
         "ETag": etag,
     }
     unless = header(request, "if-none-match")

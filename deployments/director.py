@@ -13,17 +13,20 @@ import itertools
 import logging
 import time
 from collections.abc import Awaitable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TypeVar
 
 from deployments.logs import event, shown
-from deployments.making import Graph, Maker, RunningVideo, leaves
+from deployments.making import Graph, Maker, NotPossible, RunningVideo, first_record, leaves
 from deployments.metrics import Metrics
+from deployments.origins import take_over
 from deployments.records import News, Page, Status, VideoError, VideoRecord, VideoRequestRecord, VideoStatus
-from deployments.store import Store, StoreUnavailable
+from deployments.store import ObjectMissing, Store, StoreUnavailable
 from deployments.tracing import Tracer
 from deployments.turns import Turns
 from helios_core.errors import HeliosError
+from helios_core.spec import PromptChange
 
 logger = logging.getLogger(__name__)
 
@@ -58,28 +61,47 @@ class Director:
     Every public method is safe to call at any time from many tasks of one event loop.
     """
 
-    def __init__(self, graph: Graph, store: Store, tracer: Tracer, term: int, log_prompts: bool) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        store: Store,
+        tracer: Tracer,
+        term: int,
+        keep_all_states: bool,
+        log_prompts: bool,
+    ) -> None:
         self._store, self._tracer, self._term = store, tracer, term
         self._log_prompts = log_prompts
         self._running: dict[str, RunningVideo] = {}
         self._hidden: set[str] = set()  # videos that are being stored or removed: to the outside there are none
         self._stopping = False
         self._collecting: asyncio.TimerHandle | None = None
-        self._turns = Turns(graph.samplers)
+        self._keep_all_states = keep_all_states
+        self._turns = {model: Turns(partial(graph.samplers, model)) for model in graph.models}
         self._metrics = Metrics()
-        self._maker = Maker(graph, store, tracer, term, self._turns, self._metrics)
+        self._maker = Maker(graph, store, tracer, term, self._turns, self._metrics, keep_all_states)
         self._metrics.observe(
             running=lambda: sum(not video.record.ended for video in self._running.values()),
-            waiting=lambda: self._turns.waiting,
-            sampling=lambda: self._turns.sampling,
-            samplers=graph.samplers,
+            waiting=lambda: sum(turns.waiting for turns in self._turns.values()),
+            sampling=lambda: sum(turns.sampling for turns in self._turns.values()),
+            samplers=lambda: sum(map(graph.samplers, graph.models)),
             watchers=lambda: sum(video.watchers for video in self._running.values()),
         )
 
     @classmethod
-    async def start(cls, graph: Graph, store: Store, tracer: Tracer, log_prompts: bool = False) -> Director:
-        """Takes the lead of `store` with a new term. Videos that an earlier Director left unfinished end as failed."""
-        director = cls(graph, store, tracer, await store.claim_term(), log_prompts)
+    async def start(
+        cls,
+        graph: Graph,
+        store: Store,
+        tracer: Tracer,
+        keep_all_states: bool = False,
+        log_prompts: bool = False,
+    ) -> Director:
+        """Takes the lead of `store` with a new term. Videos that an earlier Director left unfinished end as failed.
+
+        `keep_all_states`: of each video, not only the last.
+        """
+        director = cls(graph, store, tracer, await store.claim_term(), keep_all_states, log_prompts)
         for video_id in await store.active():
             try:
                 await director._close_interrupted(video_id)
@@ -99,14 +121,34 @@ class Director:
 
     async def create(self, request: VideoRequestRecord) -> VideoStatus:
         """Accepts a video: it is stored before this returns, and made from then on, watched or not, unless it is to be
-        made `while_watched`."""
+        made `while_watched`. What it takes over from the video of its origin is copied.
+
+        Raises NoSuchVideo, Unreadable, NotPossible or InvalidInput if that one cannot give it.
+        """
         # Shielded: a caller that leaves now must not leave a stored video behind that nobody makes.
         return await _whole(self._accept(request))
 
+    async def _begun(self, request: VideoRequestRecord) -> tuple[VideoRequestRecord, VideoRecord]:
+        """The request, and where its video stands before it is made."""
+        origin = request.origin
+        if origin is None:
+            return request, first_record(request)
+        source = await self._record(origin.video_id)
+        try:
+            return await take_over(self._store, self._term, request, origin, source)
+        except ObjectMissing as error:
+            raise NoSuchVideo(origin.video_id) from error
+
     async def _accept(self, request: VideoRequestRecord) -> VideoStatus:
         with self._hiding(request.id):
-            await self._store.accept(request)
-        video = RunningVideo(request)
+            try:
+                request, record = await self._begun(request)
+                await self._store.accept(request)
+            except (HeliosError, OSError):
+                with suppress(StoreUnavailable):
+                    await self._store.delete(request.id)  # its input, and what was copied
+                raise
+        video = RunningVideo(request, record)
         self._metrics.accepted(request.id, request.created_at)
         prompt = shown(request.spec.prompt, self._log_prompts)
         event(logger, "accepted", request, prompt=prompt, chunks=request.spec.chunks)
@@ -118,6 +160,22 @@ class Director:
         video.making = asyncio.create_task(self._maker.make(video), name=f"making {request.id}", context=apart)
         video.leading = asyncio.create_task(self._lead(video), name=f"leading {request.id}", context=apart)
         return self._status(video.record)
+
+    async def change_prompt(self, video_id: str, prompt: str, transition_chunks: int) -> PromptChange:
+        """Changes the prompt of a running video, from the next chunk on that has not begun: which, the answer says.
+
+        Raises NoSuchVideo, Unreadable, or NotPossible if the video has ended or all its chunks have begun.
+        """
+        video = self._running.get(video_id)
+        if video is None or video.ending or video.cancelled:
+            status = await self.get(video_id)
+            raise NotPossible(f"video {video_id} is {status.status}; allowed: to change the prompt of a running video")
+        change = asyncio.create_task(
+            self._maker.change_prompt(video, prompt, transition_chunks), context=contextvars.Context()
+        )
+        video.changes.add(change)  # the video does not end before it
+        change.add_done_callback(video.changes.discard)
+        return await _whole(change)
 
     async def get(self, video_id: str) -> VideoStatus:
         """Where a video stands. Raises NoSuchVideo or Unreadable."""
@@ -231,7 +289,8 @@ class Director:
         await asyncio.to_thread(self._tracer.close)
 
     def _status(self, record: VideoRecord) -> VideoStatus:
-        return VideoStatus.of(record, self._turns.place(record.id))
+        turns = self._turns.get(record.spec.model)  # a stored video's model may be served no more
+        return VideoStatus.of(record, None if turns is None else turns.place(record.id))
 
     def _cancel(self, video: RunningVideo) -> None:
         if not video.ending and not video.cancelled:
@@ -268,6 +327,8 @@ class Director:
             if self._stopping:
                 return  # it stays active in the store, for the next Director to find
             video.ending = True
+            if video.changes:
+                await asyncio.wait(video.changes)
             await self._end(video, *_outcome(video))
             span.set_attributes({"status": video.record.status, "chunks": len(video.record.chunks)})
         if video.record.status != "completed" or video.retries:
@@ -284,7 +345,7 @@ class Director:
         gc.collect()
 
     async def _end(self, video: RunningVideo, status: Status, error: VideoError | None) -> None:
-        self._turns.forget(video.request.id)
+        self._turns[video.request.spec.model].forget(video.request.id)
         if video.unwatched is not None:
             video.unwatched.cancel()
         changes = {"status": status, "error": error, "completed_at": time.time()}
@@ -308,7 +369,7 @@ class Director:
     async def _tidy(self, request: VideoRequestRecord, ended: VideoRecord) -> None:
         """Removes what an ended video leaves behind: what no record names, and its active marker, last."""
         try:
-            await self._store.sweep(ended, self._term)
+            await self._store.sweep(ended, self._term, self._keep_all_states)
             await self._store.end(ended.id)
         except StoreUnavailable as error:  # it stays active: the next Director tries again
             event(logger, "not tidied up", request, logging.WARNING, reason=str(error))
@@ -320,7 +381,7 @@ class Director:
             return
         record = await self._store.record(video_id)
         if record is None:
-            record = VideoRecord(id=video_id, created_at=request.created_at, spec=request.spec)
+            record = first_record(request)
         if not record.ended:
             record = _interrupted(record).model_copy(update={"completed_at": time.time()})
             await self._store.put_record(record, self._term)

@@ -10,7 +10,7 @@ from ray.serve.exceptions import RayServeException
 from starlette.exceptions import HTTPException
 
 from deployments.director import NoSuchVideo, Unreadable
-from deployments.making import ReplicaLost
+from deployments.making import NotPossible, ReplicaLost
 from deployments.schemas import error_object
 from deployments.store import StoreUnavailable
 from helios_core.errors import HeliosError, InvalidInput
@@ -46,7 +46,7 @@ def status_of(error: HeliosError) -> int:
             return 422
         case NoSuchVideo():
             return 404
-        case Unreadable():
+        case Unreadable() | NotPossible():
             return 409
         case StoreUnavailable():
             return 503

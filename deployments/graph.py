@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from ray.serve.handle import DeploymentHandle
 
@@ -23,45 +25,68 @@ from deployments.records import (
 )
 from deployments.store import Store
 from deployments.tracing import Tracer
-from helios_core.spec import VideoSpec
+from helios_core.spec import PromptChange, VideoSpec
+
+
+@dataclass(frozen=True)
+class ModelHandles:
+    """Who computes for one model. `pool`: its samplers'."""
+
+    pool: Pool
+    text_encoder: DeploymentHandle
+    sampler: DeploymentHandle
+    vae_decoder: DeploymentHandle
 
 
 class ServeGraph:
     """The Graph of a Director whose parts are Serve deployments. Values stay where they were made."""
 
-    def __init__(
-        self, pool: Pool, text_encoder: DeploymentHandle, sampler: DeploymentHandle, vae_decoder: DeploymentHandle
-    ) -> None:
-        """`pool`: the samplers'."""
-        self._pool = pool
-        self._text_encoder, self._sampler, self._vae_decoder = text_encoder, sampler, vae_decoder
+    def __init__(self, models: Mapping[str, ModelHandles]) -> None:
+        """`models`: by the id that requests use."""
+        self._models = models
 
-    def samplers(self) -> int:
-        live = live_replicas(self._sampler)
-        if live < self._pool.max_replicas and self._pool.min_replicas < self._pool.max_replicas:
+    @property
+    def models(self) -> Sequence[str]:
+        return list(self._models)
+
+    def samplers(self, model: str) -> int:
+        pool, live = self._models[model].pool, live_replicas(self._models[model].sampler)
+        if live < pool.max_replicas and pool.min_replicas < pool.max_replicas:
             return live + 1  # Serve adds a replica only if it sees a call that none can take
         return max(1, live)  # with none alive, one call waits for the first that is
 
-    async def encode(self, call: Call, prompt: str) -> tuple[Ref, StoredObject]:
-        return await call_by_reference(self._text_encoder, "encode", call, prompt, to_its_end=True)
+    async def encode(self, call: Call, model: str, prompt: str) -> tuple[Ref, StoredObject]:
+        return await call_by_reference(self._models[model].text_encoder, "encode", call, prompt, to_its_end=True)
+
+    async def encode_media(self, call: Call, spec: VideoSpec, media: StoredObject) -> Ref:
+        state, _ = await call_by_reference(self._models[spec.model].vae_decoder, "encode_media", call, spec, media)
+        return state
 
     async def sample(
-        self, call: Call, spec: VideoSpec, index: int, text: Ref, state: Ref | None
+        self, call: Call, spec: VideoSpec, index: int, weights: tuple[float, ...], state: Ref | None, *texts: Ref
     ) -> tuple[Ref, SampleReport]:
-        return await call_by_reference(self._sampler, "sample_chunk", call, spec, index, text, state)
+        sampler = self._models[spec.model].sampler
+        return await call_by_reference(sampler, "sample_chunk", call, spec, index, weights, state, *texts)
 
     async def render(self, call: Call, spec: VideoSpec, term: int, state: Ref, sampled: SampleReport) -> Rendered:
-        rendered: Rendered = await call_to_its_end(self._vae_decoder, "render_chunk", call, spec, term, state, sampled)
+        vae_decoder = self._models[spec.model].vae_decoder
+        rendered: Rendered = await call_to_its_end(vae_decoder, "render_chunk", call, spec, term, state, sampled)
         return rendered
 
 
 class DirectorReplica:
     """A Director over a ServeGraph, as a deployment."""
 
-    async def __init__(self, config: AppConfig, *parts: DeploymentHandle) -> None:  # type: ignore[misc]
+    async def __init__(self, config: AppConfig, models: dict[str, ModelHandles]) -> None:  # type: ignore[misc]
         log_with_serve()
-        graph, tracer = ServeGraph(config.sampler, *parts), Tracer("director", config.trace_file)
-        self._director = await Director.start(graph, Store(config.store), tracer, config.log_prompts)
+        tracer = Tracer("director", config.trace_file)
+        self._director = await Director.start(
+            ServeGraph(models),
+            Store(config.store),
+            tracer,
+            keep_all_states=config.keep_states == "all",
+            log_prompts=config.log_prompts,
+        )
 
     async def create(self, request: VideoRequestRecord) -> VideoStatus:
         return await self._director.create(request)
@@ -74,6 +99,9 @@ class DirectorReplica:
 
     async def news(self, video_id: str, seen: int) -> News:
         return await self._director.news(video_id, seen)
+
+    async def change_prompt(self, video_id: str, prompt: str, transition_chunks: int) -> PromptChange:
+        return await self._director.change_prompt(video_id, prompt, transition_chunks)
 
     async def cancel(self, video_id: str) -> VideoStatus:
         return await self._director.cancel(video_id)
@@ -119,6 +147,10 @@ class RemoteDirector:
     async def news(self, video_id: str, seen: int) -> News:
         news: News = await call(self._handle, "news", video_id, seen)
         return news
+
+    async def change_prompt(self, video_id: str, prompt: str, transition_chunks: int) -> PromptChange:
+        change: PromptChange = await call(self._handle, "change_prompt", video_id, prompt, transition_chunks)
+        return change
 
     async def cancel(self, video_id: str) -> VideoStatus:
         status: VideoStatus = await call(self._handle, "cancel", video_id)

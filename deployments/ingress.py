@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import json
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import prometheus_client
 from fastapi import FastAPI, Request
@@ -18,19 +17,43 @@ from opentelemetry.trace import Span, SpanKind
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from deployments.bodies import read_body
 from deployments.config import AppConfig
-from deployments.content import LIVE_HEADERS, VideoResponse, file_response, live_bytes, live_response, objects_of
+from deployments.content import (
+    LIVE_HEADERS,
+    VideoResponse,
+    file_response,
+    live_bytes,
+    live_response,
+    objects_of,
+)
 from deployments.director import NoSuchVideo
+from deployments.drafts import Draft, Drafts, known, no_such_model
 from deployments.errors import RequestError, install_error_handlers, status_of
 from deployments.graph import RemoteDirector
 from deployments.logs import log_with_serve
-from deployments.making import ReplicaLost
+from deployments.making import NotPossible, ReplicaLost
 from deployments.records import News, Page, VideoRequestRecord, VideoStatus
-from deployments.schemas import CreateVideo, GetContent, ListVideos, model_object, page_object, video_object
-from deployments.store import Store, is_video_id, new_video_id
+from deployments.schemas import (
+    ChangePrompt,
+    GetContent,
+    ListVideos,
+    model_object,
+    page_object,
+    prompt_object,
+    video_object,
+)
+from deployments.store import Store, new_video_id
 from deployments.tracing import Tracer, traceparent
 from helios_core.errors import HeliosError, InvalidInput
-from helios_core.spec import ModelCard
+from helios_core.spec import (
+    ModelCard,
+    PromptChange,
+    check_prompt,
+    check_transition,
+)
+
+POLL = {"openai-poll-after-ms": "500"}  # how soon OpenAI's client asks again
 
 
 class DirectorCalls(Protocol):
@@ -41,30 +64,46 @@ class DirectorCalls(Protocol):
     async def get(self, video_id: str) -> VideoStatus: ...
     async def page(self, limit: int, after: str | None, newest_first: bool) -> Page: ...
     async def news(self, video_id: str, seen: int) -> News: ...
+    async def change_prompt(self, video_id: str, prompt: str, transition_chunks: int) -> PromptChange: ...
     async def cancel(self, video_id: str) -> VideoStatus: ...
     async def delete(self, video_id: str) -> None: ...
     async def metrics(self) -> bytes: ...
 
 
-def http_app(config: AppConfig, card: ModelCard, director: DirectorCalls, store: Store, tracer: Tracer) -> FastAPI:
-    """The HTTP service over a Director and its store."""
+def http_app(
+    config: AppConfig, cards: Sequence[ModelCard], director: DirectorCalls, store: Store, tracer: Tracer
+) -> FastAPI:
+    """The HTTP service over a Director and its store. `cards`: of the models, the default one first."""
     app = FastAPI(title="Helios Serve", openapi_url=None)
     install_error_handlers(app)
+    models = {card.id: card for card in cards}
+    drafts = Drafts(config, models, director.get, store)
     leaving: set[asyncio.Task[None]] = set()
 
-    async def accepted(request: Request, while_watched: bool) -> tuple[VideoStatus, str]:
-        """The new video, and the traceparent of the span that ends here: an ingress that dies later loses no root."""
+    async def accepted(
+        request: Request, draft: Callable[..., Awaitable[Draft]], *of: str, while_watched: bool = False
+    ) -> tuple[VideoStatus, dict[str, str]]:
+        """The new video, of which `draft` says what it shall be; and the headers that go with it.
+
+        The span ends here: an ingress that dies later loses no root."""
         with span_of(request, tracer) as span:
-            body = CreateVideo.parse(await json_body(request, config.max_body_bytes))
-            if body.model is not None and body.model != card.id:
-                raise RequestError(404, "model_not_found", f"model is {body.model[:80]!r}; served: {card.id}", "model")
-            spec = body.request(config.limits).check(card)
             now, parent = time.time(), traceparent(span)
+            video_id = new_video_id(now)
+            wanted = await draft(request, video_id, *of)
+            span.set_attribute("video_id", video_id)
             video = VideoRequestRecord(
-                id=new_video_id(now), created_at=now, spec=spec, traceparent=parent, while_watched=while_watched
+                id=video_id,
+                created_at=now,
+                spec=wanted.spec,
+                input=wanted.input,
+                origin=wanted.origin,
+                traceparent=parent,
+                while_watched=while_watched,
             )
-            span.set_attribute("video_id", video.id)
-            return await director.create(video), parent
+            return await director.create(video), {"traceparent": parent}
+
+    def answer(status: VideoStatus, headers: dict[str, str] | None = None) -> JSONResponse:
+        return JSONResponse(video_object(status), headers={**POLL, **(headers or {})})
 
     def leave(video_id: str) -> None:
         """Cancels a video whose only viewer is gone. Ray cancels a request's calls with the request: not this one."""
@@ -87,14 +126,39 @@ def http_app(config: AppConfig, card: ModelCard, director: DirectorCalls, store:
 
     @app.post("/v1/videos")
     async def create(request: Request) -> JSONResponse:
-        status, parent = await accepted(request, while_watched=False)
-        return JSONResponse(video_object(status), headers={"traceparent": parent})
+        return answer(*await accepted(request, drafts.new))
 
     @app.post("/v1/videos/stream")
     async def stream(request: Request) -> Response:
-        status, parent = await accepted(request, while_watched=True)
-        headers = {**LIVE_HEADERS, "X-Video-Id": status.id, "traceparent": parent}
-        return VideoResponse(watched_bytes(status.id), headers=headers)
+        status, headers = await accepted(request, drafts.new, while_watched=True)
+        return VideoResponse(watched_bytes(status.id), headers={**LIVE_HEADERS, "X-Video-Id": status.id, **headers})
+
+    @app.post("/v1/videos/edits")
+    @app.post("/v1/videos/extensions")
+    async def edit(request: Request) -> JSONResponse:
+        return answer(*await accepted(request, drafts.edited))
+
+    @app.post("/v1/videos/{video_id}/extend")
+    async def extend(request: Request, video_id: str) -> JSONResponse:
+        return answer(*await accepted(request, drafts.extended, known(video_id)))
+
+    @app.post("/v1/videos/{video_id}/fork")
+    async def fork(request: Request, video_id: str) -> JSONResponse:
+        return answer(*await accepted(request, drafts.forked, known(video_id)))
+
+    @app.post("/v1/videos/{video_id}/remix")
+    async def remix(request: Request, video_id: str) -> JSONResponse:
+        return answer(*await accepted(request, drafts.remixed, known(video_id)))
+
+    @app.post("/v1/videos/{video_id}/prompt")
+    async def change_prompt(request: Request, video_id: str) -> JSONResponse:
+        async with read_body(request, config.max_body_bytes) as body:
+            wanted = body.parse(ChangePrompt)
+        check_prompt("prompt", wanted.prompt, config.limits)
+        check_transition("transition_chunks", wanted.transition_chunks, config.limits)
+        change = await director.change_prompt(known(video_id), wanted.prompt, wanted.transition_chunks)
+        status = await director.get(video_id)
+        return JSONResponse({"id": video_id, "object": "video.prompt", **prompt_object(change, status.spec)})
 
     @app.get("/v1/videos")
     async def page(request: Request) -> JSONResponse:
@@ -107,7 +171,7 @@ def http_app(config: AppConfig, card: ModelCard, director: DirectorCalls, store:
 
     @app.get("/v1/videos/{video_id}")
     async def retrieve(video_id: str) -> JSONResponse:
-        return JSONResponse(video_object(await director.get(known(video_id))))
+        return answer(await director.get(known(video_id)))
 
     @app.delete("/v1/videos/{video_id}")
     async def delete(video_id: str) -> JSONResponse:
@@ -116,12 +180,17 @@ def http_app(config: AppConfig, card: ModelCard, director: DirectorCalls, store:
 
     @app.post("/v1/videos/{video_id}/cancel")
     async def cancel(video_id: str) -> JSONResponse:
-        return JSONResponse(video_object(await director.cancel(known(video_id))))
+        return answer(await director.cancel(known(video_id)))
 
     @app.api_route("/v1/videos/{video_id}/content", methods=["GET", "HEAD"])
     async def content(request: Request, video_id: str) -> Response:
         query = GetContent.parse(request.query_params)
         video = await director.get(known(video_id))
+        if query.variant == "thumbnail":
+            record = await store.record(video_id)
+            if record is None or record.thumbnail is None:
+                raise NotPossible(f"video {video_id} has no frames yet; allowed: once its first chunk is made")
+            return file_response(request, [record.thumbnail], store, whole=True, media_type="image/jpeg")
         if not video.ended:
             return live_response(request, partial(director.news, video_id), store)
         if video.status != "completed" and not (query.partial == "true" and video.usage.chunks):
@@ -133,8 +202,14 @@ def http_app(config: AppConfig, card: ModelCard, director: DirectorCalls, store:
         return file_response(request, objects_of(record.init, record.chunks), store, whole=video.status == "completed")
 
     @app.get("/v1/models")
-    async def models() -> JSONResponse:
-        return JSONResponse({"object": "list", "data": [model_object(card, config.limits)]})
+    async def list_models() -> JSONResponse:
+        return JSONResponse({"object": "list", "data": [model_object(card, config.limits) for card in cards]})
+
+    @app.get("/v1/models/{model_id:path}")
+    async def model(model_id: str) -> JSONResponse:
+        if model_id not in models:
+            raise no_such_model(model_id, models)
+        return JSONResponse(model_object(models[model_id], config.limits))
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -147,7 +222,7 @@ def http_app(config: AppConfig, card: ModelCard, director: DirectorCalls, store:
     @app.get("/readyz")
     async def readyz() -> JSONResponse:
         await director.ready()
-        return JSONResponse({"status": "ready", "model": card.id})
+        return JSONResponse({"status": "ready", "models": list(models)})
 
     return app
 
@@ -169,40 +244,14 @@ def span_of(request: Request, tracer: Tracer) -> Iterator[Span]:
         raise refused
 
 
-async def json_body(request: Request, limit: int) -> dict[str, Any]:
-    """The body as a JSON object. Raises RequestError: 413 past `limit` bytes, 415 for another type, 400 if broken."""
-    kind = request.headers.get("content-type", "")
-    if kind.partition(";")[0].strip().lower() != "application/json":
-        raise RequestError(415, "unsupported_media_type", f"Content-Type is {kind[:80]!r}; allowed: application/json")
-    data = bytearray()
-    async for part in request.stream():
-        data += part
-        if len(data) > limit:
-            raise RequestError(413, "body_too_large", f"the body is too large; allowed: {limit} bytes")
-    try:
-        body = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(400, "invalid_json", f"the body is not JSON: {error}") from None
-    if not isinstance(body, dict):
-        raise RequestError(400, "invalid_json", f"the body is a JSON {type(body).__name__}; allowed: an object")
-    return body
-
-
-def known(video_id: str) -> str:
-    """The id, if it has the form of one. No other text from a client gets near the store."""
-    if not is_video_id(video_id):
-        raise NoSuchVideo(video_id)
-    return video_id
-
-
 @serve.ingress()
 class Ingress:
     """The HTTP service as a Serve deployment."""
 
-    def __init__(self, config: AppConfig, card: ModelCard, director: DeploymentHandle) -> None:
+    def __init__(self, config: AppConfig, cards: list[ModelCard], director: DeploymentHandle) -> None:
         log_with_serve()
         tracer = Tracer("ingress", config.trace_file)
-        self._app = http_app(config, card, RemoteDirector(director), Store(config.store), tracer)
+        self._app = http_app(config, cards, RemoteDirector(director), Store(config.store), tracer)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app

@@ -11,7 +11,7 @@ import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
@@ -31,7 +31,7 @@ from deployments.store import Store, StoreUnavailable
 from deployments.tracing import Tracer, ending, traceparent
 from deployments.turns import Turns
 from helios_core.errors import HeliosError
-from helios_core.spec import VideoSpec
+from helios_core.spec import PromptChange, VideoSpec
 
 logger = logging.getLogger(__name__)
 
@@ -58,29 +58,40 @@ class InputLost(Lost):
 
 
 class Graph(Protocol):
-    """The computing deployments, as the Director sees them.
+    """The computing deployments, as the Director sees them: one or more of each kind, found by the model's id.
 
     Every call raises an error of ours (HeliosError) as it was raised, ReplicaLost or InputLost. A cancelled caller is
     released when nothing is stored for the call any more.
     """
 
-    def samplers(self) -> int:
-        """How many calls of `sample` may be under way at once, at least 1."""
+    @property
+    def models(self) -> Sequence[str]:
+        """The ids of the models that are served."""
         ...
 
-    async def encode(self, call: Call, prompt: str) -> tuple[Ref, StoredObject]:
+    def samplers(self, model: str) -> int:
+        """How many calls of `sample` for this model may be under way at once, at least 1."""
+        ...
+
+    async def encode(self, call: Call, model: str, prompt: str) -> tuple[Ref, StoredObject]:
         """The prompt's TextEmbeddings, by reference and as they were stored."""
         ...
 
+    async def encode_media(self, call: Call, spec: VideoSpec, media: StoredObject) -> Ref:
+        """The StreamState before chunk 0 of a video from an uploaded image or video, by reference."""
+        ...
+
     async def sample(
-        self, call: Call, spec: VideoSpec, index: int, text: Ref, state: Ref | None
+        self, call: Call, spec: VideoSpec, index: int, weights: tuple[float, ...], state: Ref | None, *texts: Ref
     ) -> tuple[Ref, SampleReport]:
-        """The StreamState after chunk `index`, by reference. `text`, `state`: references, or StoredObjects to be read
-        from the store; `state` is the one before the chunk, None for a new video."""
+        """The StreamState after chunk `index`, by reference. `state`: the one before the chunk, None for a new
+        video; `texts`: one for each of the `weights` with which they are blended, then the negative prompt of a guided
+        video. All are references, or StoredObjects to be read from the store."""
         ...
 
     async def render(self, call: Call, spec: VideoSpec, term: int, state: Ref, sampled: SampleReport) -> Rendered:
-        """Decodes and encodes the chunk that `state` ends with; stores its fragment, and the state."""
+        """Decodes and encodes the chunk that `state` ends with, a reference or a StoredObject; stores its fragment, and
+        the state."""
         ...
 
 
@@ -90,16 +101,32 @@ class ChunkLost(HeliosError):
     code = "chunk_lost"
 
 
+def first_record(request: VideoRequestRecord) -> VideoRecord:
+    """Where a video stands of which nothing is there yet."""
+    return VideoRecord(id=request.id, created_at=request.created_at, spec=request.spec, origin=request.origin)
+
+
+class NotPossible(HeliosError):
+    """A request that does not fit where a video stands. The message says what would."""
+
+    code = "not_possible"
+
+
 class RunningVideo:
     """A video that has not ended: its newest record, a way to wait for the next one, and who watches."""
 
-    def __init__(self, request: VideoRequestRecord) -> None:
+    def __init__(self, request: VideoRequestRecord, record: VideoRecord | None = None) -> None:
+        """`record`: where it stands, if it does not begin with nothing."""
         self.request = request
-        self.record = VideoRecord(id=request.id, created_at=request.created_at, spec=request.spec)
+        self.record = first_record(request) if record is None else record
         self.changed = asyncio.Event()
+        self.writing = asyncio.Lock()  # held by whoever puts the record, from reading the one that it follows
         self.cancelled = False  # somebody wants it to end
         self.ending = False  # nothing is left to cancel
-        self.text: StoredObject | None = None
+        self.issued = 0  # chunks whose texts are fixed: a change of the prompt begins with the next one
+        self.texts: dict[str, Ref] = {}  # the prompts that were encoded, by reference while that is good
+        self.stored_texts: dict[str, StoredObject] = {}
+        self.changes: set[asyncio.Task[PromptChange]] = set()  # of the prompt, under way
         self.retries: Counter[int] = Counter()  # by chunk
         self.watchers = 0
         self.unwatched: asyncio.TimerHandle | None = None
@@ -126,9 +153,19 @@ class RunningVideo:
 class Maker:
     """Makes videos: its Director's hands. `term`: the Director's, which every stored name carries."""
 
-    def __init__(self, graph: Graph, store: Store, tracer: Tracer, term: int, turns: Turns, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        store: Store,
+        tracer: Tracer,
+        term: int,
+        turns: Mapping[str, Turns],
+        metrics: Metrics,
+        keep_all_states: bool,
+    ) -> None:
+        """`turns`: on each model's samplers; `keep_all_states`: not only the last one of each video."""
         self._graph, self._store, self._tracer, self._term = graph, store, tracer, term
-        self._turns, self._metrics = turns, metrics
+        self._turns, self._metrics, self._keep_all_states = turns, metrics, keep_all_states
 
     async def make(self, video: RunningVideo) -> None:
         """All chunks. If an input is lost on the way, again from the last commit, with what the store has."""
@@ -139,20 +176,23 @@ class Maker:
                 lost = next(leaves(group))
                 if not isinstance(lost, InputLost) or group.split(InputLost)[1] is not None:
                     raise
+            video.texts = dict(video.stored_texts)
             if video.cancelled:  # a task group on its way out with an error forgets a cancel
                 raise asyncio.CancelledError
             await self._wait_for_retry(video, len(video.record.chunks), lost, "input_lost")
 
     async def _make_from_last_commit(self, video: RunningVideo) -> None:
-        spec, made = video.request.spec, video.record.chunks
+        spec, made = video.record.spec, video.record.chunks
         async with asyncio.TaskGroup() as renders:
-            text = await self._encode(video) if video.text is None else video.text
-            state = made[-1].state if made else None
+            state, seen = await self._start(video)
             commit = None
             for index in range(len(made), spec.chunks):
                 chunk = self._tracer.start("chunk", video.request.traceparent, video_id=video.request.id, chunk=index)
                 with ending(chunk, only_on_error=True):
-                    state, sampled = await self._sample(video, chunk, index, text, state)
+                    if seen > index:  # sampled for the video that this one goes on from; its fragment was cut
+                        sampled = SampleReport(steps=0, started_at=time.time(), seconds=0.0)
+                    else:
+                        state, sampled = await self._sample(video, chunk, index, state)
                     # Sampling of a chunk overlaps the rendering of the one before, and of no more: a slow VAE slows the
                     # sampler instead of letting states pile up.
                     if commit is not None:
@@ -161,33 +201,73 @@ class Maker:
             if commit is not None:
                 await commit  # a task group takes a task that was cancelled for one that is done
 
-    async def _encode(self, video: RunningVideo) -> Ref:
-        """The embeddings, by reference. From now on the video knows where they are stored."""
+    async def _start(self, video: RunningVideo) -> tuple[Ref | None, int]:
+        """The state to go on from, None for the beginning of a text-to-video, and how many chunks it has seen."""
+        record, media = video.record, video.request.input
+        if record.start is not None and record.start.seen > len(record.chunks):
+            return record.start.state, record.start.seen
+        if record.chunks:
+            return record.chunks[-1].state, len(record.chunks)
+        if media is None:
+            return None, 0
 
         async def attempt(number: int) -> Ref:
             call = Call(video_id=video.request.id, traceparent=video.request.traceparent, attempt=number)
-            with self._losses(video, "text_encoder", "encode prompt", call):
-                text, video.text = await self._graph.encode(call, video.request.spec.prompt)
-                return text
+            with self._losses(video, "vae_decoder", "encode input", call):
+                return await self._graph.encode_media(call, record.spec, media)
 
-        return await self._retried(video, 0, attempt)
+        return await self._retried(video, 0, attempt), 0
+
+    async def encode(self, video: RunningVideo, prompt: str, chunk: int) -> None:
+        """Sees to it that the video has the embeddings of `prompt`; chunk `chunk` waits for them."""
+
+        async def attempt(number: int) -> None:
+            call = Call(video_id=video.request.id, traceparent=video.request.traceparent, attempt=number)
+            with self._losses(video, "text_encoder", "encode prompt", call):
+                text, stored = await self._graph.encode(call, video.request.spec.model, prompt)
+                video.texts[prompt], video.stored_texts[prompt] = text, stored
+
+        if prompt not in video.texts:
+            await self._retried(video, chunk, attempt)
+
+    async def change_prompt(self, video: RunningVideo, prompt: str, transition_chunks: int) -> PromptChange:
+        """Commits a change of the prompt with the next chunk whose texts are not fixed yet. Raises NotPossible."""
+        await self.encode(video, prompt, video.issued)
+        async with video.writing:
+            spec = video.record.spec
+            if video.issued >= spec.chunks or video.ending or video.cancelled:
+                raise NotPossible(f"all chunks of video {video.request.id} have begun; allowed: to extend it later")
+            change = PromptChange(video.issued, prompt, transition_chunks)
+            changed = video.record.model_copy(update={"spec": spec.changed(change)})
+            await self._store.put_record(changed, self._term)
+            video.update(changed)
+            return change
 
     async def _sample(
-        self, video: RunningVideo, chunk: Span, index: int, text: Ref, state: Ref | None
+        self, video: RunningVideo, chunk: Span, index: int, state: Ref | None
     ) -> tuple[Ref, SampleReport]:
         """The state after a chunk, when the video's turn has come."""
+        spec = video.request.spec
+        negative = [spec.negative_prompt] if spec.guided else []
+        # Those of a change that comes while the video waits for its turn are there before the change is.
+        for prompt in [*dict(video.record.spec.mix_of_chunk(index)), *negative]:
+            await self.encode(video, prompt, index)
 
         async def attempt(number: int) -> tuple[Ref, SampleReport]:
             call, asked = video.call(chunk, number), time.time_ns()
-            async with self._turns.turn(video.request.id, again=number > 0):
+            async with self._turns[spec.model].turn(video.request.id, again=number > 0):
                 now = time.time_ns()
                 self._tracer.start("wait", call.traceparent, start_time=asked).end(now)
                 self._metrics.waited((now - asked) / 1e9)
+                async with video.writing:  # from here on the chunk's texts are fixed, for every attempt at it
+                    video.issued = max(video.issued, index + 1)
+                mix = dict(video.record.spec.mix_of_chunk(index))
+                texts = [video.texts[prompt] for prompt in [*mix, *negative]]
                 if video.record.status == "queued":
                     video.update(video.record.model_copy(update={"status": "in_progress"}))
                     event(logger, "started", video.request)
                 with self._losses(video, "sampler", "sample", call):
-                    return await self._graph.sample(call, video.request.spec, index, text, state)
+                    return await self._graph.sample(call, spec, index, tuple(mix.values()), state, *texts)
 
         return await self._retried(video, index, attempt)
 
@@ -205,16 +285,23 @@ class Maker:
                 await _finished(self._commit(video, rendered))
 
     async def _commit(self, video: RunningVideo, rendered: Rendered) -> None:
-        record, chunk = video.record, rendered.chunk
-        if chunk.index != len(record.chunks):
-            raise RuntimeError(f"video {record.id}: chunk {chunk.index} came when {len(record.chunks)} was due")
-        if record.init is not None and record.init.sha256 != rendered.init.sha256:
-            raise RuntimeError(f"video {record.id}: chunk {chunk.index} has another init segment than chunk 0")
-        committed = record.model_copy(update={"init": rendered.init, "chunks": (*record.chunks, chunk)})
-        await self._store.put_record(committed, self._term)
-        video.update(committed)
+        chunk = rendered.chunk
+        async with video.writing:
+            record = video.record
+            if chunk.index != len(record.chunks):
+                raise RuntimeError(f"video {record.id}: chunk {chunk.index} came when {len(record.chunks)} was due")
+            if record.init is not None and record.init.sha256 != rendered.init.sha256:
+                raise RuntimeError(f"video {record.id}: chunk {chunk.index} has another init segment than chunk 0")
+            thumbnail = rendered.thumbnail or record.thumbnail
+            committed = record.model_copy(
+                update={"init": rendered.init, "thumbnail": thumbnail, "chunks": (*record.chunks, chunk)}
+            )
+            await self._store.put_record(committed, self._term)
+            video.update(committed)
         self._metrics.committed(committed, time.time())
         event(logger, "committed", video.request, chunk=chunk.index, bytes=chunk.fragment.bytes)
+        if self._keep_all_states:
+            return
         try:
             await self._store.keep_only_last_state(committed, self._term)
         except StoreUnavailable as error:  # only tidying up: it is tried again after the next chunk

@@ -183,10 +183,10 @@ class Metrics:
         """A video ended, also one that was never `accepted` here. Nothing is kept of it."""
         self._clocks.pop(record.id, None)
         self._counters["helios_videos_ended_total"].labels(record.status).inc()
-        if record.status == "completed" and record.completed_at is not None and len(record.chunks) >= 2:
-            making = record.completed_at - record.chunks[0].timings.sample_started_at
+        if record.status == "completed" and record.completed_at is not None and len(record.own_chunks) >= 2:
+            making = record.completed_at - record.own_chunks[0].timings.sample_started_at
             if making > 0:  # the two clocks are of two machines
-                shown = sum(chunk.frames for chunk in record.chunks) / record.spec.fps
+                shown = sum(chunk.frames for chunk in record.own_chunks) / record.spec.fps
                 self._observe("helios_real_time_factor", shown / making)
 
     def observe(

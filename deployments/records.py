@@ -70,6 +70,7 @@ class Rendered(Record):
 
     init: StoredObject
     chunk: ChunkRecord
+    thumbnail: StoredObject | None = None  # with chunk 0
 
 
 class VideoError(Record):
@@ -79,9 +80,18 @@ class VideoError(Record):
     message: str
 
 
+class Origin(Record):
+    """The video that another one comes from. `chunks`: how many of its chunks the new one begins with."""
+
+    how: Literal["extend", "fork", "remix"]
+    video_id: str
+    chunks: int = 0
+
+
 class VideoRequestRecord(Record):
     """What was asked for: videos/{id}/request.json.
 
+    `input`: the image or video of an image- or video-to-video.
     `traceparent`: the W3C context of the request that asked, on which every span of the video hangs.
     `while_watched`: the video is made only as long as somebody watches it.
     """
@@ -89,18 +99,37 @@ class VideoRequestRecord(Record):
     id: str
     created_at: float  # Unix time
     spec: VideoSpec
+    input: StoredObject | None = None
+    origin: Origin | None = None
     traceparent: str | None = None
     while_watched: bool = False
 
 
+class Start(Record):
+    """Where a video goes on from: `copied` chunks are another one's, and `state` has seen `seen` of them.
+
+    `seen` is one more than `copied` if the other video's last fragment was cut: it is then rendered again, uncut.
+    """
+
+    copied: int
+    seen: int
+    state: StoredObject
+
+
 class VideoRecord(Record):
-    """Where a video stands: videos/{id}/record.t{term}.json. The highest term counts."""
+    """Where a video stands: videos/{id}/record.t{term}.json. The highest term counts.
+
+    `spec`: the one that was asked for, with the changes of the prompt since.
+    """
 
     id: str
     created_at: float  # Unix time
     spec: VideoSpec
+    origin: Origin | None = None
+    start: Start | None = None
     status: Status = "queued"
     init: StoredObject | None = None  # with the first chunk
+    thumbnail: StoredObject | None = None  # with chunk 0
     chunks: tuple[ChunkRecord, ...] = ()
     completed_at: float | None = None
     error: VideoError | None = None
@@ -109,9 +138,15 @@ class VideoRecord(Record):
     def ended(self) -> bool:
         return has_ended(self.status)
 
+    @property
+    def own_chunks(self) -> tuple[ChunkRecord, ...]:
+        """Those that were made for this video, and not copied."""
+        return self.chunks[self.start.copied if self.start else 0 :]
+
 
 class Usage(Record):
-    """What a video took so far. `started_at`: when the sampling of its first chunk began (Unix time)."""
+    """What a video took so far. `chunks`: those that are there; the rest is of those that were made for this video.
+    `started_at`: when the sampling of the first one began (Unix time)."""
 
     chunks: int
     steps: int
@@ -128,6 +163,7 @@ class VideoStatus(Record):
     id: str
     created_at: float  # Unix time
     spec: VideoSpec
+    origin: Origin | None
     status: Status
     completed_at: float | None
     error: VideoError | None
@@ -136,18 +172,20 @@ class VideoStatus(Record):
 
     @classmethod
     def of(cls, record: VideoRecord, queue_position: int | None) -> VideoStatus:
+        own = record.own_chunks
         return cls(
             id=record.id,
             created_at=record.created_at,
             spec=record.spec,
+            origin=record.origin,
             status=record.status,
             completed_at=record.completed_at,
             error=record.error,
             usage=Usage(
                 chunks=len(record.chunks),
-                steps=sum(chunk.steps for chunk in record.chunks),
-                sampler_seconds=sum(chunk.timings.sample_seconds for chunk in record.chunks),
-                started_at=record.chunks[0].timings.sample_started_at if record.chunks else None,
+                steps=sum(chunk.steps for chunk in own),
+                sampler_seconds=sum(chunk.timings.sample_seconds for chunk in own),
+                started_at=own[0].timings.sample_started_at if own else None,
             ),
             queue_position=queue_position,
         )

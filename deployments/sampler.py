@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from deployments.config import AppConfig
+from deployments.config import AppConfig, SamplerPool
 from deployments.logs import log_with_serve
 from deployments.records import Call, SampleReport, StoredObject
 from deployments.store import Store
@@ -19,25 +19,26 @@ from helios_core.checkpoints import Checkpoint, placement, use_threads
 from helios_core.errors import Cancelled
 from helios_core.spec import VideoSpec
 from helios_core.state import StreamState
-from helios_core.text import TextEmbeddings
+from helios_core.text import TextEmbeddings, blend
 
 
 class Sampler:
     """Holds the transformer's weights, and nothing about a video."""
 
-    def __init__(self, config: AppConfig) -> None:
+    def __init__(self, config: AppConfig, pool: SamplerPool, source: str) -> None:
+        """`pool`: the one that this replica is of; `source`: opens the checkpoint, here as everywhere."""
         log_with_serve()
         use_threads(config.torch_threads)
-        device, dtype = placement(config.sampler.device, config.sampler.dtype)
-        checkpoint = Checkpoint.open(config.model)
+        device, dtype = placement(pool.device, pool.dtype)
+        checkpoint = Checkpoint.open(source)
         self._vae_config = checkpoint.vae
         self._sampler = checkpoint.load_sampler(device, dtype)
-        self._min_chunk_seconds = config.sampler.min_chunk_seconds
+        self._min_chunk_seconds = pool.min_chunk_seconds
         self._store = Store(config.store)
         self._tracer = Tracer("sampler", config.trace_file)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sampler")
         self._free = asyncio.Lock()
-        self._watchdog = Watchdog(config.sampler.max_call_seconds)
+        self._watchdog = Watchdog(pool.max_call_seconds)
 
     def check_health(self) -> None:
         self._watchdog.check()
@@ -47,10 +48,12 @@ class Sampler:
         call: Call,
         spec: VideoSpec,
         index: int,
-        text: TextEmbeddings | StoredObject,
+        weights: tuple[float, ...],
         state: StreamState | StoredObject | None,
+        *texts: TextEmbeddings | StoredObject,
     ) -> AsyncIterator[Any]:
         """First the StreamState after chunk `index`, then a SampleReport. `state` None: the start of the video.
+        `texts`: one for each of the `weights` with which they are blended, then the negative prompt of a guided video.
 
         Cancelling the call stops the work within one transformer step; the replica is free only after that.
         """
@@ -78,11 +81,20 @@ class Sampler:
 
                 def sample() -> StreamState:
                     before = StreamState.start(spec, self._vae_config) if start is None else start
-                    after = self._sampler.sample(embeddings, before, steps, on_step)
+                    if 0 < index == spec.seed_from:
+                        before = before.reseeded(spec.seed)
+                    after = self._sampler.sample(
+                        blend(list(zip(embeddings, weights, strict=False))),
+                        before,
+                        steps,
+                        negative=embeddings[-1] if spec.guided else None,
+                        guidance_scale=spec.guidance_scale,
+                        on_step=on_step,
+                    )
                     on_step(None)
                     return after
 
-                embeddings = await self._fetched(TextEmbeddings, text)
+                embeddings = [await self._fetched(TextEmbeddings, text) for text in texts]
                 start = await self._fetched(StreamState, state)
                 work = asyncio.get_running_loop().run_in_executor(self._thread, sample)
                 try:
@@ -94,7 +106,7 @@ class Sampler:
                     raise
                 seconds = time.perf_counter() - clock
         yield after
-        yield SampleReport(steps=sum(steps), started_at=started_at, seconds=seconds)
+        yield SampleReport(steps=done, started_at=started_at, seconds=seconds)
 
     async def _fetched(self, kind: Any, value: Any) -> Any:
         """`value`, or what it was stored as."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Mapping
@@ -13,10 +14,19 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from deployments.records import Page, VideoStatus
 from helios_core.config import CHUNK_FRAMES, NATIVE_FPS
 from helios_core.errors import InvalidInput
-from helios_core.spec import Limits, ModelCard, VideoRequest
+from helios_core.spec import TRANSITION_CHUNKS, Limits, ModelCard, PromptAt, PromptChange, VideoRequest, VideoSpec
 
 # What other servers call our fields, so that a client that moves here is told, not ignored.
+NO_URLS = "input_reference, as a file in a multipart/form-data body; URLs are not fetched"
 RIVAL_NAMES = {
+    "input_reference": NO_URLS,
+    "input_references": NO_URLS,
+    "image": NO_URLS,
+    "image_reference": NO_URLS,
+    "image_url": NO_URLS,
+    "reference_url": NO_URLS,
+    "video_reference": NO_URLS,
+    "video_url": NO_URLS,
     "width": "size",
     "height": "size",
     "resolution": "size",
@@ -31,6 +41,16 @@ RIVAL_NAMES = {
     "n": "one request per video",
     "num_outputs_per_prompt": "one request per video",
 }
+
+
+def _list_in_text(value: object) -> object:
+    """A list as one text: JSON, or `2,2,2`."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value if value.lstrip().startswith("[") else f"[{value}]")
+    except (ValueError, RecursionError):
+        return value
 
 
 def _number_in_text(value: object) -> object:
@@ -52,8 +72,9 @@ class Fields(BaseModel):
     rival_names: ClassVar[Mapping[str, str]] = {}
 
     @classmethod
-    def parse(cls, fields: Mapping[str, Any]) -> Self:
-        """Raises InvalidInput for the first field that is unknown or of the wrong type."""
+    def parse(cls, fields: Mapping[str, Any], from_text: bool = False) -> Self:
+        """`from_text`: numbers and truths are texts, as in a form. Raises InvalidInput for the first field that is
+        unknown or of the wrong type."""
         for name in fields:
             if name in cls.model_fields:
                 continue
@@ -62,7 +83,7 @@ class Fields(BaseModel):
             # A name may be any text, even what is no valid Unicode; the answer must be.
             raise InvalidInput(name.encode("utf-8", "backslashreplace").decode()[:80], fields[name], allowed)
         try:
-            return cls.model_validate(dict(fields))
+            return cls.model_validate(dict(fields), strict=not from_text)
         except pydantic.ValidationError as error:
             first = error.errors()[0]
             name = str(first["loc"][0])
@@ -72,22 +93,52 @@ class Fields(BaseModel):
             raise InvalidInput(name, first["input"], allowed) from None
 
 
+class ScheduledPrompt(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    at_seconds: float
+    prompt: str
+    transition_chunks: int = TRANSITION_CHUNKS
+
+
+class VideoReference(BaseModel):
+    """A video of this service, instead of a file."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    id: str
+
+
+Seconds = Annotated[float, BeforeValidator(_number_in_text)]
+PROMPT = "text"
+SECONDS = "a number"
+SEED = "a whole number from 0 to 2^63-1"
+TRANSITION = "a whole number: over how many chunks the new prompt takes the old one's place"
+
+
 class CreateVideo(Fields):
-    """The body of POST /v1/videos and POST /v1/videos/stream."""
+    """The body of POST /v1/videos and POST /v1/videos/stream, besides the file `input_reference`."""
 
     rival_names = RIVAL_NAMES
 
-    prompt: str = Field(description="text")
+    prompt: str = Field(description=PROMPT)
     model: str | None = Field(None, description="the id of a model in GET /v1/models")
-    seconds: Annotated[float, BeforeValidator(_number_in_text)] = Field(5.0, description="a number")
+    seconds: Seconds = Field(5.0, description=SECONDS)
     size: str | None = Field(None, description="WIDTHxHEIGHT in pixels, as text")
-    seed: int = Field(42, description="a whole number from 0 to 2^63-1")
+    seed: int = Field(42, description=SEED)
     fps: int = Field(NATIVE_FPS, description="a whole number from 8 to 60")
     preset: str | None = Field(None, description="the name of a preset in GET /v1/models")
-    steps: list[int] | None = Field(None, description="a list of whole numbers, one per stage")
+    steps: Annotated[list[int] | None, BeforeValidator(_list_in_text)] = Field(
+        None, description="a list of whole numbers, one per stage"
+    )
     amplify_first_chunk: bool | None = Field(None, description="true or false")
+    guidance_scale: float | None = Field(None, description="a number of at least 1; 1 means no guidance")
+    negative_prompt: str | None = Field(None, description="text")
+    prompts: Annotated[list[ScheduledPrompt], BeforeValidator(_list_in_text)] = Field(
+        [], description="a list of {at_seconds, prompt} and, if wanted, transition_chunks"
+    )
 
-    def request(self, limits: Limits) -> VideoRequest:
+    def request(self, limits: Limits, task: str) -> VideoRequest:
         return VideoRequest(
             prompt=self.prompt,
             size=self.size,
@@ -96,9 +147,50 @@ class CreateVideo(Fields):
             preset=self.preset,
             steps=None if self.steps is None else tuple(self.steps),
             amplify_first_chunk=self.amplify_first_chunk,
+            guidance_scale=self.guidance_scale,
+            negative_prompt=self.negative_prompt,
+            prompts=tuple(PromptAt(at.at_seconds, at.prompt, at.transition_chunks) for at in self.prompts),
             fps=self.fps,
+            task=task,
             limits=limits,
         )
+
+
+class EditVideo(CreateVideo):
+    """The body of POST /v1/videos/edits and POST /v1/videos/extensions, besides the file `video`."""
+
+    video: VideoReference | None = Field(None, description="a file, or the id of a video as {id}")
+
+
+class ChangePrompt(Fields):
+    """The body of POST /v1/videos/{id}/prompt."""
+
+    prompt: str = Field(description=PROMPT)
+    transition_chunks: int = Field(TRANSITION_CHUNKS, description=TRANSITION)
+
+
+class ExtendVideo(Fields):
+    """The body of POST /v1/videos/{id}/extend. `seconds`: how much longer."""
+
+    seconds: Seconds = Field(5.0, description=SECONDS)
+    prompt: str | None = Field(None, description=PROMPT)
+    transition_chunks: int = Field(TRANSITION_CHUNKS, description=TRANSITION)
+
+
+class ForkVideo(Fields):
+    """The body of POST /v1/videos/{id}/fork. `seconds`: of the new video, in all."""
+
+    chunk: int = Field(description="a whole number: the first chunk that is the new video's own")
+    prompt: str | None = Field(None, description=PROMPT)
+    transition_chunks: int = Field(TRANSITION_CHUNKS, description=TRANSITION)
+    seed: int | None = Field(None, description=SEED)
+    seconds: Annotated[float | None, BeforeValidator(_number_in_text)] = Field(None, description=SECONDS)
+
+
+class RemixVideo(Fields):
+    """The body of POST /v1/videos/{id}/remix."""
+
+    prompt: str = Field(description=PROMPT)
 
 
 class ListVideos(Fields):
@@ -114,13 +206,13 @@ class ListVideos(Fields):
 class GetContent(Fields):
     """The query of GET /v1/videos/{id}/content."""
 
-    variant: Literal["video"] = Field("video", description="video")
+    variant: Literal["video", "thumbnail"] = Field("video", description="video or thumbnail")
     partial: Literal["true", "false"] = Field("false", description="true or false")
 
 
 def video_object(status: VideoStatus) -> dict[str, Any]:
     """The Video object of the OpenAI API, with our extensions."""
-    spec, usage = status.spec, status.usage
+    spec, usage, origin = status.spec, status.usage, status.origin
     # In the queue until the first chunk's sampling began, or to this day.
     begun = usage.started_at or status.completed_at or time.time()
     return {
@@ -136,19 +228,34 @@ def video_object(status: VideoStatus) -> dict[str, Any]:
         "size": f"{spec.width}x{spec.height}",
         "seconds": str(spec.seconds).removesuffix(".0"),
         "prompt": spec.prompt,
-        "remixed_from_video_id": None,
+        "remixed_from_video_id": origin.video_id if origin and origin.how == "remix" else None,
         "error": None if status.error is None else status.error.model_dump(),
         "seed": spec.seed,
         "fps": spec.fps,
         "frames": spec.frames,
+        "task": spec.task,
         "steps": list(spec.steps),
         "amplify_first_chunk": spec.amplify_first_chunk,
+        "guidance_scale": spec.guidance_scale,
+        "negative_prompt": spec.negative_prompt,
+        "prompts": [prompt_object(change, spec) for change in spec.prompts],
+        "origin": None if origin is None else origin.model_dump(),
         "usage": {
             "chunks": usage.chunks,
             "steps": usage.steps,
             "sampler_seconds": usage.sampler_seconds,
             "queue_seconds": max(0.0, begun - status.created_at),
         },
+    }
+
+
+def prompt_object(change: PromptChange, spec: VideoSpec) -> dict[str, Any]:
+    """A change of the prompt: the chunk that it begins with, and when that is shown."""
+    return {
+        "chunk": change.chunk,
+        "at_seconds": spec.first_frame_of_chunk(change.chunk) / spec.fps,
+        "prompt": change.prompt,
+        "transition_chunks": change.transition_chunks,
     }
 
 
@@ -167,14 +274,17 @@ def page_object(page: Page) -> dict[str, Any]:
 def model_object(card: ModelCard, limits: Limits) -> dict[str, Any]:
     """One entry of GET /v1/models."""
     width, height = card.default_size
+    variant = card.variant
     return {
         "id": card.id,
         "object": "model",
         "owned_by": "helios",
-        "variant": card.variant.name,
-        "tasks": ["text-to-video"],
-        "presets": {name: list(steps) for name, steps in card.variant.presets.items()},
-        "default_preset": card.variant.default_preset,
+        "variant": variant.name,
+        "tasks": list(card.tasks),
+        "presets": {name: list(steps) for name, steps in variant.presets.items()},
+        "default_preset": variant.default_preset,
+        "default_steps": list(variant.presets[variant.default_preset]),
+        "default_guidance_scale": variant.guidance_scale,
         "default_size": f"{width}x{height}",
         "size_multiple": card.size_multiple,
         "frames_per_chunk": CHUNK_FRAMES,
@@ -183,7 +293,9 @@ def model_object(card: ModelCard, limits: Limits) -> dict[str, Any]:
             "pixels": limits.max_pixels,
             "seconds": limits.max_seconds,
             "prompt_bytes": limits.max_prompt_bytes,
+            "prompts": limits.max_prompts,
             "steps_per_stage": limits.max_steps_per_stage,
+            "guidance_scale": 1 if variant.is_distilled else limits.max_guidance_scale,
         },
     }
 

@@ -82,7 +82,8 @@ def run_service(config: AppConfig) -> Iterator[str]:
 
 def _check_room(config: AppConfig, resources: dict[str, float]) -> None:
     """Raises StartFailed if this machine cannot hold the replicas: Serve would wait for another one for ever."""
-    pools = [config.ingress, config.director, config.text_encoder, config.sampler, config.vae_decoder]
+    pools = [config.ingress, config.director, config.text_encoder, config.vae_decoder]
+    pools += [each.sampler for each in config.models]
     for kind, needed in (
         ("CPU", sum(pool.num_cpus * pool.min_replicas for pool in pools)),
         ("GPU", sum(pool.num_gpus * pool.min_replicas for pool in pools)),

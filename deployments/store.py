@@ -3,7 +3,9 @@
     terms/000003                      claimed exclusively by each Director as it starts; the newest leads
     active/{id}                       from acceptance to the end
     videos/{id}/request.json          what was asked for
+    videos/{id}/input                 the uploaded image or video that it begins with
     videos/{id}/init.mp4              the head of the file
+    videos/{id}/thumbnail.jpg         its first frame
     videos/{id}/texts/{digest}.safetensors
     videos/{id}/chunks/00007.t3.m4s   fragment 7 as term 3 made it
     videos/{id}/states/00008.t3.safetensors    the state after it: it has seen 8 chunks
@@ -47,6 +49,7 @@ R = TypeVar("R")
 VIDEO_ID = re.compile(r"video_[0-9a-f]{32}")
 TERM = re.compile(r"[0-9]+")
 RECORD = re.compile(r"record\.t([0-9]+)\.json")
+TERM_IN_NAME = re.compile(r"\.t[0-9]+\.")
 STATE = re.compile(r"([0-9]+)\.t[0-9]+\.safetensors")
 
 THREADS = 32  # operations under way at once; more wait. Threads are made as they are needed
@@ -79,6 +82,12 @@ def new_video_id(now: float) -> str:
     `now`: Unix time in seconds.
     """
     return f"video_{int(now * 1000):012x}{secrets.token_hex(10)}"
+
+
+def renamed(item: StoredObject, video_id: str, term: int) -> StoredObject:
+    """What `item` is called in the folder of another video, if `term` puts it there."""
+    _, _, name = item.key.split("/", 2)
+    return item.model_copy(update={"key": f"videos/{_checked(video_id)}/{TERM_IN_NAME.sub(f'.t{term}.', name)}"})
 
 
 def is_video_id(text: str) -> bool:
@@ -196,6 +205,14 @@ class Store:
         """The ftyp + moov of a video."""
         return await self._put(f"videos/{_checked(video_id)}/init.mp4", data)
 
+    async def put_input(self, video_id: str, path: Path) -> StoredObject:
+        """An upload, from a file."""
+        return await self._put(f"videos/{_checked(video_id)}/input", await asyncio.to_thread(path.read_bytes))
+
+    async def put_thumbnail(self, video_id: str, data: bytes) -> StoredObject:
+        """The first frame of a video, as a JPEG."""
+        return await self._put(f"videos/{_checked(video_id)}/thumbnail.jpg", data)
+
     async def put_fragment(self, video_id: str, index: int, term: int, data: bytes) -> StoredObject:
         """The moof + mdat of chunk `index`."""
         return await self._put(f"videos/{_checked(video_id)}/chunks/{index:05d}.t{term}.m4s", data)
@@ -207,6 +224,23 @@ class Store:
     async def put_text(self, video_id: str, digest: str, data: bytes) -> StoredObject:
         """The embeddings of a prompt. `digest`: hex, names their content."""
         return await self._put(f"videos/{_checked(video_id)}/texts/{digest}.safetensors", data)
+
+    async def exists(self, item: StoredObject) -> bool:
+        """Whether an object is there."""
+        return PurePosixPath(item.key).name in await self._names(str(PurePosixPath(item.key).parent))
+
+    async def copy(self, item: StoredObject, video_id: str, term: int) -> StoredObject:
+        """The same object under another video, as `term` made it; its bytes do not pass through here.
+
+        Raises ObjectMissing.
+        """
+        copied = renamed(item, video_id, term)
+        with self._errors():
+            try:
+                await self._run(obstore.copy, item.key, copied.key)
+            except FileNotFoundError:
+                raise ObjectMissing(f"{self.url}: there is no {item.key}") from None
+        return copied
 
     async def keep_only_last_state(self, record: VideoRecord, term: int) -> None:
         """Remove the states before the last one that `record` names. Call it after `record` was committed by `term`.
@@ -222,14 +256,16 @@ class Store:
         old = [name for name in names if (match := STATE.fullmatch(name)) and int(match[1]) < last]
         await self._delete([f"{states}/{name}" for name in old])
 
-    async def sweep(self, record: VideoRecord, term: int) -> None:
-        """Remove the fragments and states of an ended video that `record`, its last commit, does not need.
+    async def sweep(self, record: VideoRecord, term: int, all_states: bool = False) -> None:
+        """Remove the fragments and states of an ended video that `record`, its last commit, does not need. Of the
+        states it needs the last one, or `all_states`.
 
         Does nothing if a newer term was claimed: its Director decides.
         """
         if await self.newest_term() != term:
             return
-        needed = {chunk.fragment.key for chunk in record.chunks} | {chunk.state.key for chunk in record.chunks[-1:]}
+        states = record.chunks if all_states else record.chunks[-1:]
+        needed = {chunk.fragment.key for chunk in record.chunks} | {chunk.state.key for chunk in states}
         folders = [f"videos/{_checked(record.id)}/{kind}" for kind in ("chunks", "states")]
         keys = [f"{folder}/{name}" for folder in folders for name in await self._names(folder)]
         await self._delete([key for key in keys if key not in needed])

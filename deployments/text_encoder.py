@@ -18,11 +18,12 @@ from helios_core.checkpoints import Checkpoint, placement, use_threads
 class TextEncoder:
     """Holds UMT5's weights, and nothing about a video."""
 
-    def __init__(self, config: AppConfig) -> None:
+    def __init__(self, config: AppConfig, source: str) -> None:
+        """`source`: opens the checkpoint, here as everywhere."""
         log_with_serve()
         use_threads(config.torch_threads)
         device, dtype = placement(config.text_encoder.device, config.text_encoder.dtype)
-        self._encoder = Checkpoint.open(config.model).load_text_encoder(device, dtype)
+        self._encoder = Checkpoint.open(source).load_text_encoder(device, dtype)
         self._store = Store(config.store)
         self._tracer = Tracer("text_encoder", config.trace_file)
         self._log_prompts = config.log_prompts

@@ -1,22 +1,32 @@
-"""The VAE decoder's replica: a state in, a stored fragment out. Pixels are encoded where they are decoded."""
+"""The VAE's replica: a state in, a stored fragment out; an uploaded image or video in, a state out.
+
+Pixels stay here: they are encoded where they are decoded.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import tempfile
 import time
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 from opentelemetry.trace import Span
 
 from deployments.config import AppConfig
 from deployments.logs import log_with_serve
-from deployments.records import Call, ChunkRecord, Rendered, SampleReport, Timings
+from deployments.records import Call, ChunkRecord, Rendered, SampleReport, StoredObject, Timings
 from deployments.store import Store
 from deployments.tracing import Tracer, traceparent
 from deployments.watchdog import Watchdog
 from helios_core.checkpoints import Checkpoint, placement, use_threads
-from helios_core.media.fragments import Fragment, encode_fragment
-from helios_core.spec import VideoSpec
+from helios_core.conditioning import state_from_image, state_from_video
+from helios_core.media.fragments import Fragment, encode_fragment, encode_jpeg
+from helios_core.media.read import read_clip, read_image
+from helios_core.spec import IMAGE_TO_VIDEO, VideoSpec
 from helios_core.state import StreamState
 from helios_core.vae.latents import decode_chunk
 
@@ -24,12 +34,14 @@ from helios_core.vae.latents import decode_chunk
 class VaeDecoder:
     """Holds the VAE's weights, and nothing about a video."""
 
-    def __init__(self, config: AppConfig) -> None:
+    def __init__(self, config: AppConfig, source: str) -> None:
+        """`source`: opens the checkpoint, here as everywhere."""
         log_with_serve()
         use_threads(config.torch_threads)
         device, _ = placement(config.vae_decoder.device)
-        self._vae = Checkpoint.open(config.model).load_vae(device)
+        self._vae = Checkpoint.open(source).load_vae(device)
         self._store = Store(config.store)
+        self._uploads = config.uploads.media_limits()
         self._tracer = Tracer("vae_decoder", config.trace_file)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="vae")
         self._watchdog = Watchdog(config.vae_decoder.max_call_seconds)
@@ -37,13 +49,40 @@ class VaeDecoder:
     def check_health(self) -> None:
         self._watchdog.check()
 
+    async def encode_media(self, call: Call, spec: VideoSpec, media: StoredObject) -> AsyncIterator[Any]:
+        """First the StreamState before chunk 0, as the uploaded image or video makes it, then the seconds that took.
+
+        Raises InvalidInput if the file turns out to be broken, or to be something else than it was taken for.
+        """
+        with (
+            self._watchdog.watching(),
+            self._tracer.span("encode input", call.traceparent, video_id=call.video_id, attempt=call.attempt),
+            tempfile.NamedTemporaryFile(prefix="helios-input-") as file,
+        ):
+            clock = time.perf_counter()
+            file.write(await self._store.read(media.key))
+            file.flush()
+            path = Path(file.name)
+            encode: Callable[[], StreamState]
+            if spec.task == IMAGE_TO_VIDEO:
+                image = await read_image(path, spec.width, spec.height, self._uploads)
+                encode = partial(state_from_image, self._vae, image, spec.seed)
+            else:
+                clip = await read_clip(path, spec.width, spec.height, self._uploads)
+                encode = partial(state_from_video, self._vae, clip.first_HWC, clip.tail_THWC, clip.frames, spec.seed)
+            state = await asyncio.get_running_loop().run_in_executor(self._thread, encode)
+        yield state
+        yield time.perf_counter() - clock
+
     async def render_chunk(
-        self, call: Call, spec: VideoSpec, term: int, state: StreamState, sampled: SampleReport
+        self, call: Call, spec: VideoSpec, term: int, state: StreamState | StoredObject, sampled: SampleReport
     ) -> Rendered:
         """Decodes the chunk that `state` ends with, encodes it, and stores fragment and state under `term`.
 
         Repeatable: the same arguments store the same bytes under the same keys.
         """
+        if isinstance(state, StoredObject):
+            state = StreamState.from_bytes(await self._store.read(state.key))
         index, video_id = state.chunk_index - 1, call.video_id
         with (
             self._watchdog.watching(),
@@ -51,13 +90,14 @@ class VaeDecoder:
                 "render", call.traceparent, video_id=video_id, chunk=index, attempt=call.attempt
             ) as render,
         ):
-            fragment, decode_seconds, encode_seconds = await asyncio.get_running_loop().run_in_executor(
+            fragment, thumbnail, decode_seconds, encode_seconds = await asyncio.get_running_loop().run_in_executor(
                 self._thread, self._render, spec, state, render
             )
             clock = time.perf_counter()
             with self._tracer.span("store", traceparent(render)):
                 # The fragment first: a stored state k then implies fragments 0 to k-1.
                 stored_init = await self._store.put_init(video_id, fragment.init)
+                stored_thumbnail = None if thumbnail is None else await self._store.put_thumbnail(video_id, thumbnail)
                 stored_fragment = await self._store.put_fragment(video_id, index, term, fragment.data)
                 stored_state = await self._store.put_state(video_id, state.chunk_index, term, state.to_bytes())
             store_seconds = time.perf_counter() - clock
@@ -75,10 +115,10 @@ class VaeDecoder:
                 store_seconds=store_seconds,
             ),
         )
-        return Rendered(init=stored_init, chunk=chunk)
+        return Rendered(init=stored_init, chunk=chunk, thumbnail=stored_thumbnail)
 
-    def _render(self, spec: VideoSpec, state: StreamState, render: Span) -> tuple[Fragment, float, float]:
-        """The chunk as a fragment, and the seconds that decoding and encoding took."""
+    def _render(self, spec: VideoSpec, state: StreamState, render: Span) -> tuple[Fragment, bytes | None, float, float]:
+        """The chunk as a fragment, of the first one a thumbnail, and the seconds that decoding and encoding took."""
         begin = time.perf_counter()
         index = state.chunk_index - 1
         with self._tracer.span("decode", traceparent(render)):
@@ -88,4 +128,5 @@ class VaeDecoder:
             fragment = encode_fragment(
                 frames, chunk_index=index, first_frame=spec.first_frame_of_chunk(index), fps=spec.fps
             )
-        return fragment, decoded - begin, time.perf_counter() - decoded
+            thumbnail = encode_jpeg(frames[0]) if index == 0 else None
+        return fragment, thumbnail, decoded - begin, time.perf_counter() - decoded

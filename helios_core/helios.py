@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+import functools
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from helios_core.checkpoints import Checkpoint, placement, use_threads
-from helios_core.config import NATIVE_FPS
+from helios_core.conditioning import state_from_image, state_from_video
+from helios_core.config import CHUNK_FRAMES, NATIVE_FPS
+from helios_core.errors import InvalidInput
+from helios_core.media.read import TAIL_CHUNKS, Clip, read_clip, read_image
 from helios_core.sampling.chunk import ChunkSampler, OnStep
-from helios_core.spec import ModelCard, VideoRequest, VideoSpec
+from helios_core.spec import (
+    IMAGE_TO_VIDEO,
+    TEXT_TO_VIDEO,
+    VIDEO_TO_VIDEO,
+    ModelCard,
+    PromptAt,
+    VideoRequest,
+    VideoSpec,
+)
 from helios_core.state import StreamState
-from helios_core.text import TextEncoder
+from helios_core.text import TextEncoder, blend
 from helios_core.vae.latents import decode_chunk
 from helios_core.vae.model import WanVae
+
+T = TypeVar("T")
+Input = str | PathLike[str] | NDArray[np.uint8]  # a file, or pixels
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,27 +81,105 @@ class Helios:
         self,
         prompt: str,
         *,
+        image: Input | None = None,
+        video: Input | None = None,
         size: str | None = None,
         seconds: float = 5.0,
         seed: int = 42,
         preset: str | None = None,
         steps: tuple[int, ...] | None = None,
         amplify_first_chunk: bool | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str | None = None,
+        prompts: Sequence[PromptAt] = (),
         fps: int = NATIVE_FPS,
         on_step: OnStep | None = None,
     ) -> Iterator[Chunk]:
         """Yields the chunks of one video as they are made; together exactly round(seconds * fps) frames.
 
-        `size`: "WIDTHxHEIGHT" in pixels; `steps`: transformer steps per stage, or `preset` by name; None everywhere
-        means the model's own choice. Raises InvalidInput at the call, before anything is computed.
+        `image` or `video`: what it begins with, as a file or as uint8 RGB of the video's size, [H, W, 3] or
+        [T, H, W, 3] at 24 fps; `size`: "WIDTHxHEIGHT" in pixels; `steps`: solver steps per stage, or `preset` by name;
+        `prompts`: changes of the prompt on the way. None everywhere means the model's own choice. Raises InvalidInput
+        at the call, before anything is computed.
         """
-        request = VideoRequest(prompt, size, seconds, seed, preset, steps, amplify_first_chunk, fps)
-        return self._stream(request.check(self.card), on_step)
+        if image is not None and video is not None:
+            raise InvalidInput("video", "given together with image", "an image or a video, not both")
+        task = IMAGE_TO_VIDEO if image is not None else VIDEO_TO_VIDEO if video is not None else TEXT_TO_VIDEO
+        request = VideoRequest(
+            prompt=prompt,
+            size=size,
+            seconds=seconds,
+            seed=seed,
+            preset=preset,
+            steps=steps,
+            amplify_first_chunk=amplify_first_chunk,
+            guidance_scale=guidance_scale,
+            negative_prompt=negative_prompt,
+            prompts=tuple(prompts),
+            fps=fps,
+            task=task,
+        )
+        spec = request.check(self.card)
+        start: Callable[[], StreamState] = partial(StreamState.start, spec, self.vae.config)
+        if image is not None:
+            start = partial(state_from_image, self.vae, _image(image, spec), spec.seed)
+        if video is not None:
+            clip = _clip(video, spec)
+            start = partial(state_from_video, self.vae, clip.first_HWC, clip.tail_THWC, clip.frames, spec.seed)
+        return self._stream(spec, start, on_step)
 
-    def _stream(self, spec: VideoSpec, on_step: OnStep | None) -> Iterator[Chunk]:
-        text = self.text_encoder.encode(spec.prompt)
-        state = StreamState.start(spec, self.vae.config)
+    def _stream(self, spec: VideoSpec, start: Callable[[], StreamState], on_step: OnStep | None) -> Iterator[Chunk]:
+        encode = functools.cache(self.text_encoder.encode)
+        negative = encode(spec.negative_prompt) if spec.guided else None
+        state = start()
         for k in range(spec.chunks):
-            state = self.sampler.sample(text, state, spec.steps_of_chunk(k), on_step)
+            state = self.sampler.sample(
+                blend([(encode(prompt), weight) for prompt, weight in spec.mix_of_chunk(k)]),
+                state,
+                spec.steps_of_chunk(k),
+                negative=negative,
+                guidance_scale=spec.guidance_scale,
+                on_step=on_step,
+            )
             frames = decode_chunk(self.vae, state.latents)
             yield Chunk(k, frames[: spec.frames_of_chunk(k)].cpu().numpy(), state)
+
+
+def _image(image: Input, spec: VideoSpec) -> NDArray[np.uint8]:
+    if isinstance(image, np.ndarray):
+        return _pixels("image", image, (spec.height, spec.width, 3))
+    with _field("image"):
+        return _waited(read_image(Path(image), spec.width, spec.height))
+
+
+def _clip(video: Input, spec: VideoSpec) -> Clip:
+    if isinstance(video, np.ndarray):
+        frames_THWC = _pixels("video", video, (len(video), spec.height, spec.width, 3))
+        if len(video) < CHUNK_FRAMES:
+            raise InvalidInput("video", f"{len(video)} frames", f"at least {CHUNK_FRAMES} frames")
+        tail = TAIL_CHUNKS * CHUNK_FRAMES
+        whole = len(frames_THWC) // CHUNK_FRAMES * CHUNK_FRAMES
+        return Clip(frames_THWC[0], frames_THWC[-min(whole, tail) :], len(frames_THWC))
+    with _field("video"):
+        return _waited(read_clip(Path(video), spec.width, spec.height))
+
+
+def _pixels(name: str, pixels: NDArray[Any], shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    if pixels.dtype != np.uint8 or pixels.shape != shape:
+        raise InvalidInput(name, f"{pixels.dtype} {list(pixels.shape)}", f"a file, or uint8 {list(shape)}")
+    return pixels
+
+
+@contextmanager
+def _field(name: str) -> Iterator[None]:
+    """Readers call a file what it is called over HTTP."""
+    try:
+        yield
+    except InvalidInput as error:
+        raise InvalidInput(name, error.value, error.allowed) from None
+
+
+def _waited(reading: Coroutine[Any, Any, T]) -> T:
+    """The result of `reading`, also for a caller who is inside an event loop, as in a notebook."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, reading).result()

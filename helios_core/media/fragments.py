@@ -20,6 +20,7 @@ import av
 import numpy as np
 import numpy.typing as npt
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
+from PIL import Image
 
 from helios_core.errors import MediaError
 
@@ -53,6 +54,13 @@ def encode_fragment(frames_THWC: npt.NDArray[np.uint8], *, chunk_index: int, fir
     struct.pack_into(">I", data, _payload(data, b"moof", b"mfhd") + 4, chunk_index + 1)
     struct.pack_into(">Q", data, _payload(data, b"moof", b"traf", b"tfdt") + 4, first_frame * TICKS_PER_FRAME)
     return Fragment(init=muxed[:moof], data=bytes(data), frames=len(frames_THWC))
+
+
+def encode_jpeg(frame_HWC: npt.NDArray[np.uint8]) -> bytes:
+    """One frame, RGB, uint8 [H, W, 3], as a JPEG: a video's thumbnail."""
+    sink = io.BytesIO()
+    Image.fromarray(frame_HWC).save(sink, "JPEG", quality=85)
+    return sink.getvalue()
 
 
 def _check(frames_THWC: npt.NDArray[np.uint8], chunk_index: int) -> None:

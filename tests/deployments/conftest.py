@@ -54,7 +54,7 @@ async def service(tmp_path: Path) -> AsyncIterator[LocalService]:
     director = await Director.start(graph, store, Tracer("director"))
     trace_file = tmp_path / "spans"
     tracer = Tracer("ingress", str(trace_file))
-    app = http_app(config, Checkpoint.open(config.model).card, director, store, tracer)
+    app = http_app(config, [Checkpoint.open(each.model).card for each in config.models], director, store, tracer)
     # Errors must become answers: a server that raised would fail the test here.
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://helios") as client:

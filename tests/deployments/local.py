@@ -9,6 +9,7 @@ from deployments.records import Call, Rendered, SampleReport, StoredObject
 from deployments.sampler import Sampler
 from deployments.text_encoder import TextEncoder
 from deployments.vae_decoder import VaeDecoder
+from helios_core.checkpoints import Checkpoint
 from helios_core.spec import VideoSpec
 
 
@@ -16,19 +17,35 @@ class LocalGraph:
     """The Graph of a Director whose replicas live here. `log` holds what began and ended, in order."""
 
     def __init__(self, config: AppConfig) -> None:
-        self.text_encoder, self.sampler, self.vae_decoder = TextEncoder(config), Sampler(config), VaeDecoder(config)
+        first = config.models[0].model
+        self.text_encoder, self.vae_decoder = TextEncoder(config, first), VaeDecoder(config, first)
+        self._samplers = {
+            Checkpoint.open(settings.model).card.id: Sampler(config, settings.sampler, settings.model)
+            for settings in config.models
+        }
         self.log: list[str] = []
 
-    def samplers(self) -> int:
+    @property
+    def models(self) -> list[str]:
+        return list(self._samplers)
+
+    def samplers(self, model: str) -> int:
         return 1
 
-    async def encode(self, call: Call, prompt: str) -> tuple[Any, StoredObject]:
+    async def encode(self, call: Call, model: str, prompt: str) -> tuple[Any, StoredObject]:
         text, stored = [item async for item in self.text_encoder.encode(call, prompt)]
         return text, stored
 
-    async def sample(self, call: Call, spec: VideoSpec, index: int, text: Any, state: Any) -> tuple[Any, SampleReport]:
+    async def encode_media(self, call: Call, spec: VideoSpec, media: StoredObject) -> Any:
+        state, _ = [item async for item in self.vae_decoder.encode_media(call, spec, media)]
+        return state
+
+    async def sample(
+        self, call: Call, spec: VideoSpec, index: int, weights: tuple[float, ...], state: Any, *texts: Any
+    ) -> tuple[Any, SampleReport]:
         self.log.append(f"sample {index}")
-        after, report = [item async for item in self.sampler.sample_chunk(call, spec, index, text, state)]
+        sampler = self._samplers[spec.model]
+        after, report = [item async for item in sampler.sample_chunk(call, spec, index, weights, state, *texts)]
         self.log.append(f"sampled {index}")
         return after, report
 

@@ -28,7 +28,7 @@ def options(pool: Pool) -> Any:
 
 
 def test_sampler_of_the_readme_gets_an_h100_per_replica_and_is_scaled(tmp_path: Path) -> None:
-    sampler = options(readme_config(tmp_path).sampler)
+    sampler = options(readme_config(tmp_path).models[0].sampler)
     assert sampler.ray_actor_options == {"num_cpus": 4, "num_gpus": 1, "accelerator_type": "H100"}
     scaling = sampler._deployment_config.autoscaling_config
     assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (1, 8, 1)
@@ -37,18 +37,27 @@ def test_sampler_of_the_readme_gets_an_h100_per_replica_and_is_scaled(tmp_path: 
 
 def test_defaults_fit_on_a_laptop() -> None:
     config = AppConfig()
-    pools = [config.ingress, config.director, config.text_encoder, config.sampler, config.vae_decoder]
+    pools = [config.ingress, config.director, config.text_encoder, config.models[0].sampler, config.vae_decoder]
     assert sum(pool.num_cpus * pool.max_replicas for pool in pools) <= 1
     assert all(pool.num_gpus == 0 and pool.accelerator_type is None for pool in pools)
-    assert options(config.sampler).num_replicas == 1
+    assert options(config.models[0].sampler).num_replicas == 1
 
 
 def test_five_deployments_are_wired(tmp_path: Path) -> None:
     ingress = build_app(AppConfig(store=str(tmp_path)))
     assert ingress._bound_deployment.name == "Ingress"
     director = ingress._bound_deployment.init_args[2]
-    parts = [part._bound_deployment.name for part in director._bound_deployment.init_args[1:]]
-    assert (director._bound_deployment.name, parts) == ("Director", ["TextEncoder", "Sampler", "VaeDecoder"])
+    assert director._bound_deployment.name == "Director"
+    assert parts_of(director) == {"demo": ("TextEncoder", "Sampler", "VaeDecoder")}
+
+
+def parts_of(director: Any) -> dict[str, tuple[str, ...]]:
+    """The names of the deployments of each model."""
+    models = director._bound_deployment.init_args[1]
+    return {
+        model: tuple(part._bound_deployment.name for part in (own.text_encoder, own.sampler, own.vae_decoder))
+        for model, own in models.items()
+    }
 
 
 def test_replicas_are_told_of_files_by_their_whole_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,4 +69,4 @@ def test_replicas_are_told_of_files_by_their_whole_paths(tmp_path: Path, monkeyp
 
 def test_a_broken_checkpoint_is_refused_before_anything_is_deployed(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"model_index.json|transformer/config.json"):
-        build_app(AppConfig(model=str(tmp_path)))
+        build_app(AppConfig().with_model(str(tmp_path)))

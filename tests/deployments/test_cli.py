@@ -192,9 +192,9 @@ def test_broken_checkpoint_ends_serve_before_ray_starts(tiny: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        ("helios-distilld", ["neither a folder", "hub id (owner/name)", "demo, helios-distilled"]),
-        ("not a model", ["neither a folder", "demo, helios-distilled"]),
-        ("a" * 5000, ["neither a folder", "demo, helios-distilled"]),
+        ("helios-distilld", ["neither a folder", "hub id (owner/name)", "demo, ", "helios-distilled"]),
+        ("not a model", ["neither a folder", "demo, ", "helios-distilled"]),
+        ("a" * 5000, ["neither a folder", "demo, ", "helios-distilled"]),
         ("nobody/nothing", ["not a folder", "not in the local hub cache", "HF_HUB_OFFLINE"]),
     ],
 )
@@ -216,19 +216,20 @@ def test_folders_that_do_not_exist(helios: Run, model: str) -> None:
 # name ▸ (the file, words that the message must hold beside the file's name)
 BAD_CONFIG: dict[str, tuple[str, list[str]]] = {
     "unknown key": ("modle: demo", ["modle is 'demo'", "not permitted"]),
-    "unknown key in a pool": ("sampler: {num_replicas: 2}", ["sampler.num_replicas is 2", "not permitted"]),
+    "unknown key in a pool": ("models: [{sampler: {num_replicas: 2}}]", ["models.0.sampler.num_replicas is 2", "not permitted"]),
     "unknown key in the limits": ("limits: {max_sides: 640}", ["limits.max_sides is 640"]),
     "text for a number": ("port: '8000'", ["port is '8000'", "integer"]),
     "text for a limit": ("limits: {max_side: '640'}", ["limits.max_side is '640'", "integer"]),
-    "number for a text": ("model: 5", ["model is 5", "string"]),
+    "number for a text": ("models: [{model: 5}]", ["models.0.model is 5", "string"]),
     "out of range": ("port: 65536", ["port is 65536", "65535"]),
     "no replica": ("vae_decoder: {min_replicas: 0}", ["vae_decoder.min_replicas is 0", "1"]),
-    "fewer at most than at least": ("sampler: {min_replicas: 2}", ["sampler", "max_replicas is 1", "at least"]),
+    "fewer at most than at least": ("vae_decoder: {min_replicas: 2}", ["vae_decoder", "max_replicas is 1", "at least"]),
     "two Directors": ("director: {max_replicas: 2}", ["director", "max_replicas is 2", "allowed: 1"]),
     "pace without testing": (
-        "sampler: {min_chunk_seconds: 1}",
-        ["sampler", "min_chunk_seconds is 1.0; allowed: 0, unless testing is true"],
+        "models: [{sampler: {min_chunk_seconds: 1}}]",
+        ["min_chunk_seconds is 1.0; allowed: 0, unless testing is true"],
     ),
+    "no model": ("models: []", ["models is []", "at least 1"]),
     "not a mapping": ("[demo]", ["['demo']", "object"]),
     "broken YAML": ("model: [demo\nport: 1", ["not readable as YAML", "line 2"]),
     "no date": ("model: 2026-13-01", ["not readable as YAML", "month"]),
@@ -259,7 +260,7 @@ def test_missing_configuration_is_refused(helios: Run) -> None:
     ("options", "expected", "words"),
     [
         (["--port", "70000"], 1, ["port is 70000", "65535"]),
-        (["--samplers", "0"], 1, ["sampler.min_replicas is 0"]),
+        (["--samplers", "0"], 1, ["models.0.sampler.min_replicas is 0"]),
         (["--store", "ftp://somewhere"], 2, ["store is 'ftp://somewhere'", "s3://"]),
     ],
 )
@@ -271,17 +272,24 @@ def test_bad_options_of_serve_are_refused(helios: Run, options: list[str], expec
 
 def test_a_file_sets_everything_and_options_override_it(tmp_path: Path) -> None:
     path = tmp_path / "helios.yaml"
-    path.write_text("port: 9000\nhost: 0.0.0.0\nlimits: {max_side: 640}\nsampler: {num_gpus: 1, dtype: bfloat16}\n")
-    config = AppConfig.read(path).override(port=9001, host=None).with_replicas(sampler=3, vae_decoder=None)
+    path.write_text(
+        "port: 9000\nhost: 0.0.0.0\nlimits: {max_side: 640}\n"
+        "models: [{sampler: {num_gpus: 1, dtype: bfloat16}}, {model: demo-base}]\n"
+    )
+    config = AppConfig.read(path).override(port=9001, host=None).with_replicas(samplers=3)
+    first, second = config.models
+    assert (first.model, second.model, second.sampler.max_replicas) == ("demo", "demo-base", 3)
     assert (config.port, config.host) == (9001, "0.0.0.0")
     assert config.limits == Limits(max_side=640)
-    assert (config.sampler.min_replicas, config.sampler.max_replicas, config.sampler.num_gpus) == (3, 3, 1)
-    assert config.sampler.dtype == "bfloat16"
+    assert (first.sampler.min_replicas, first.sampler.max_replicas, first.sampler.num_gpus) == (3, 3, 1)
+    assert first.sampler.dtype == "bfloat16"
+    (only,) = config.with_model("folder").models
+    assert (only.model, only.sampler) == ("folder", first.sampler)
     assert config.vae_decoder == AppConfig().vae_decoder
 
 
 def test_options_alone_leave_the_defaults() -> None:
-    assert AppConfig().override(model=None, store="elsewhere") == AppConfig(store="elsewhere")
+    assert AppConfig().with_model(None).override(port=None, store="elsewhere") == AppConfig(store="elsewhere")
 
 
 def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:

@@ -66,24 +66,27 @@ class GatedGraph(LocalGraph):
         self.errors: dict[tuple[str, str], BaseException] = {}
         self.losses: dict[tuple[str, str], list[Exception]] = {}  # raised one after the other
 
-    def samplers(self) -> int:
+    def samplers(self, model: str) -> int:
         return 99  # a video held at a gate shall hold no other
 
     def gate(self, point: str, prompt: str = PROMPT) -> Gate:
         return self.gates.setdefault((prompt, point), Gate())
 
-    async def encode(self, call: Call, prompt: str) -> tuple[Any, StoredObject]:
+    async def encode(self, call: Call, model: str, prompt: str) -> tuple[Any, StoredObject]:
         await self._pass("encode", prompt)
-        return await super().encode(call, prompt)
+        return await super().encode(call, model, prompt)
 
-    async def sample(self, call: Call, spec: VideoSpec, index: int, text: Any, state: Any) -> tuple[Any, SampleReport]:
+    async def sample(
+        self, call: Call, spec: VideoSpec, index: int, weights: tuple[float, ...], state: Any, *texts: Any
+    ) -> tuple[Any, SampleReport]:
         await self._pass(f"sample {index}", spec.prompt)
-        sampled = await super().sample(call, spec, index, text, state)
+        sampled = await super().sample(call, spec, index, weights, state, *texts)
         await self._pass(f"sampled {index}", spec.prompt)
         return sampled
 
     async def render(self, call: Call, spec: VideoSpec, term: int, state: Any, sampled: SampleReport) -> Rendered:
-        await self._pass(f"render {state.chunk_index - 1}", spec.prompt)
+        index = int(Path(state.key).name[:5]) if isinstance(state, StoredObject) else state.chunk_index
+        await self._pass(f"render {index - 1}", spec.prompt)
         return await super().render(call, spec, term, state, sampled)
 
     async def _pass(self, point: str, prompt: str) -> None:
@@ -437,9 +440,9 @@ async def test_a_lost_replica_is_called_with_the_same_state_and_a_lost_input_com
     given: list[tuple[int, int, str]] = []
     sample = rig.graph.sample
 
-    async def watched(call: Call, spec: VideoSpec, index: int, text: Any, state: Any) -> Any:
+    async def watched(call: Call, spec: VideoSpec, index: int, weights: Any, state: Any, *texts: Any) -> Any:
         given.append((index, call.attempt, type(state).__name__))
-        return await sample(call, spec, index, text, state)
+        return await sample(call, spec, index, weights, state, *texts)
 
     rig.graph.sample = watched  # type: ignore[method-assign]
     rig.graph.losses[PROMPT, "sampled 1"] = [ReplicaLost("killed")]
@@ -508,9 +511,10 @@ async def test_a_completed_video_leaves_exactly_these_objects(rig: Rig) -> None:
         f"videos/{video_id}/request.json",
         f"videos/{video_id}/states/00003.t1.safetensors",
         f"videos/{video_id}/texts/{text.name}",
+        f"videos/{video_id}/thumbnail.jpg",
     ]
-    assert record.init is not None
-    for named in (record.init, *(chunk.fragment for chunk in record.chunks), record.chunks[-1].state):
+    assert record.init is not None and record.thumbnail is not None
+    for named in (record.init, record.thumbnail, *(chunk.fragment for chunk in record.chunks), record.chunks[-1].state):
         data = (rig.folder / named.key).read_bytes()
         assert (len(data), hashlib.sha256(data).hexdigest()) == (named.bytes, named.sha256)
 

@@ -386,7 +386,7 @@ class World:
         """Counts the race of a caller with what is under way."""
         for part in +video.under_way:
             self.saw(f"{what} while {part} is under way")
-        if self.director._turns.place(video.id) is not None:
+        if self.director._turns["demo"].place(video.id) is not None:
             self.saw(f"{what} while it waits for its turn")
 
     async def get(self, video: Video) -> None:
@@ -451,7 +451,7 @@ class World:
         assert isinstance(loop, VirtualTime)
         gc.collect()  # an error that nobody heard of is told when its task is forgotten
         self.check(loop.timers() == [], f"timers are left: {loop.timers()}")
-        turns = director._turns
+        turns = director._turns["demo"]
         left = (turns.sampling, turns.waiting, turns._waiting, turns._turns, turns._look_again)
         self.check(left == (0, 0, {}, {}, None), f"turns are left: {left}")
         self.check(director._metrics._clocks == {}, "the metrics keep a video")
@@ -596,10 +596,10 @@ class RacingStore(Store):
         finally:
             video.under_way[part] -= 1
 
-    async def sweep(self, record: VideoRecord, term: int) -> None:
+    async def sweep(self, record: VideoRecord, term: int, all_states: bool = False) -> None:
         video = self.world.videos[record.id]
         self.world.perhaps_stopped(video, 0.5 if video.trouble.store_fails else 0.1)
-        await super().sweep(record, term)
+        await super().sweep(record, term, all_states)
 
     async def _delete(self, keys: list[str]) -> None:
         with self._failing("deletion", *keys[:1]):
@@ -626,10 +626,14 @@ class RacingGraph:
     def __init__(self, world: World) -> None:
         self.world = world
 
-    def samplers(self) -> int:
+    @property
+    def models(self) -> list[str]:
+        return ["demo"]
+
+    def samplers(self, model: str) -> int:
         return self.world.samplers
 
-    async def encode(self, call: Call, prompt: str) -> tuple[Text, StoredObject]:
+    async def encode(self, call: Call, model: str, prompt: str) -> tuple[Text, StoredObject]:
         async def work() -> tuple[Text, StoredObject]:
             await self._point(call)
             data = text_of(prompt)
@@ -639,14 +643,18 @@ class RacingGraph:
 
         return await self._call("encode", call, work())
 
+    async def encode_media(self, call: Call, spec: VideoSpec, media: StoredObject) -> State:
+        raise NotImplementedError("no video here begins with an upload")
+
     async def sample(
-        self, call: Call, spec: VideoSpec, index: int, text: Any, state: Any
+        self, call: Call, spec: VideoSpec, index: int, weights: tuple[float, ...], state: Any, *texts: Any
     ) -> tuple[State, SampleReport]:
         async def work() -> tuple[State, SampleReport]:
             await self._point(call)
             if isinstance(state, StoredObject):
                 self.world.saw("a chunk is made from a stored state")
-            data = next_state(await self._value(text), b"" if state is None else await self._value(state))
+            (text,) = [await self._value(text) for text in texts]
+            data = next_state(text, b"" if state is None else await self._value(state))
             await self.world.pause(4)
             await self._point(call)
             return State(index + 1, data), SampleReport(steps=3, started_at=self.world.now(), seconds=1.0)
@@ -784,13 +792,15 @@ class BothAtOnce(RacingGraph):
         super().__init__(world)
         self.moment = asyncio.Event()
 
-    async def sample(self, call: Call, spec: VideoSpec, index: int, text: Any, state: Any) -> Any:
+    async def sample(
+        self, call: Call, spec: VideoSpec, index: int, weights: tuple[float, ...], state: Any, *texts: Any
+    ) -> Any:
         if index == 1:
             asyncio.get_running_loop().call_later(1, self.moment.set)
             await asyncio.sleep(0)  # the rendering waits first, and so hears first: it cannot be cancelled any more
             await self.moment.wait()
             raise MediaError("no frames")
-        return await super().sample(call, spec, index, text, state)
+        return await super().sample(call, spec, index, weights, state, *texts)
 
     async def render(self, call: Call, spec: VideoSpec, term: int, state: State, sampled: SampleReport) -> Rendered:
         await self.moment.wait()
@@ -818,10 +828,10 @@ class SlowToTidy(RacingStore):
         super().__init__(world)
         self.tidying, self.log = asyncio.Event(), list[str]()
 
-    async def sweep(self, record: VideoRecord, term: int) -> None:
+    async def sweep(self, record: VideoRecord, term: int, all_states: bool = False) -> None:
         self.tidying.set()
         await asyncio.sleep(100)
-        await super().sweep(record, term)
+        await super().sweep(record, term, all_states)
 
     async def end(self, video_id: str) -> None:
         await super().end(video_id)

@@ -25,7 +25,7 @@ SPEC = VideoSpec("a red sun", "demo", 64, 64, 2 * 33 / 24, 1, (2, 2, 2), False)
 def config(tmp_path: Path) -> Callable[[float], AppConfig]:
     def paced(min_chunk_seconds: float) -> AppConfig:
         config = AppConfig(store=str(tmp_path / "store"), trace_file=str(tmp_path / "spans"), testing=True)
-        return config.override(sampler={"min_chunk_seconds": min_chunk_seconds})
+        return config.override(models=[{"sampler": {"min_chunk_seconds": min_chunk_seconds}}])
 
     return paced
 
@@ -34,8 +34,12 @@ def call() -> Call:
     return Call(video_id=new_video_id(1.0), traceparent=f"00-{'1' * 32}-{'2' * 16}-01")
 
 
+def sampler_of(config: AppConfig) -> Sampler:
+    return Sampler(config, config.models[0].sampler, "demo")
+
+
 async def sampled(sampler: Sampler, text: Any, state: Any = None, index: int = 0) -> Any:
-    after, _ = [item async for item in sampler.sample_chunk(call(), SPEC, index, text, state)]
+    after, _ = [item async for item in sampler.sample_chunk(call(), SPEC, index, (1.0,), state, text)]
     return after
 
 
@@ -44,8 +48,8 @@ async def test_a_cancelled_call_frees_the_sampler_within_one_step(
 ) -> None:
     """Paced at one step in ten minutes: whoever waited for a second one would wait in vain."""
     hour = config(3600.0)
-    text, _ = [item async for item in TextEncoder(hour).encode(call(), SPEC.prompt)]
-    sampler = Sampler(hour)
+    text, _ = [item async for item in TextEncoder(hour, "demo").encode(call(), SPEC.prompt)]
+    sampler = sampler_of(hour)
     for _ in range(2):  # the second one gets its turn because the first one is gone
         calling = asyncio.ensure_future(sampled(sampler, text))
         await asyncio.sleep(0)
@@ -61,12 +65,12 @@ async def test_a_cancelled_call_frees_the_sampler_within_one_step(
 
 async def test_pace_changes_no_bit_and_inputs_may_come_from_the_store(config: Callable[[float], AppConfig]) -> None:
     store = Store(config(0.0).store)
-    text, stored_text = [item async for item in TextEncoder(config(0.0)).encode(call(), SPEC.prompt)]
-    first = await sampled(Sampler(config(0.0)), text)
+    text, stored_text = [item async for item in TextEncoder(config(0.0), "demo").encode(call(), SPEC.prompt)]
+    first = await sampled(sampler_of(config(0.0)), text)
     stored_state = await store.put_state(new_video_id(1.0), 1, 1, first.to_bytes())
     assert isinstance(stored_text, StoredObject)
-    expected = (await sampled(Sampler(config(0.0)), text, first, 1)).to_bytes()
-    assert (await sampled(Sampler(config(0.2)), stored_text, stored_state, 1)).to_bytes() == expected
+    expected = (await sampled(sampler_of(config(0.0)), text, first, 1)).to_bytes()
+    assert (await sampled(sampler_of(config(0.2)), stored_text, stored_state, 1)).to_bytes() == expected
 
 
 def test_a_call_that_does_not_end_makes_its_replica_unhealthy() -> None:

@@ -45,7 +45,7 @@ class Service:
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     config = AppConfig(
         store=str(tmp_path_factory.mktemp("store")), port=free_port(), testing=True, torch_threads=1, haproxy=True
-    ).override(sampler={"min_chunk_seconds": CHUNK_SECONDS})
+    ).override(models=[{"sampler": {"min_chunk_seconds": CHUNK_SECONDS}}])
     with run_service(config) as url, httpx.Client(base_url=url, timeout=120) as http:
         yield Service(url, http, config.store)
 

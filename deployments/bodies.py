@@ -1,0 +1,157 @@
+"""What a client sends: a JSON object, or a form of texts and files. Bounded while it is read.
+
+OpenAI's client sends every video as a form. Lists and objects are flattened there into names with brackets, as in
+`steps[]` or `prompts[][prompt]`; other clients put JSON into one text. Both are understood.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fastapi import Request
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from deployments.errors import RequestError
+from deployments.schemas import Fields
+from helios_core.errors import InvalidInput
+
+F = TypeVar("F", bound=Fields)
+
+MAX_FIELDS = 1000
+MAX_FILES = 4  # more than one is refused by name; more than these, as what it is
+BRACKETED = re.compile(r"([^\[\]]+)((?:\[[^\[\]]*\]){1,4})")
+
+
+@dataclass(frozen=True)
+class Body:
+    """`fields`: by name, JSON values, or texts if it is a form; `files`: by name, in order."""
+
+    fields: Mapping[str, Any]
+    files: Mapping[str, list[UploadFile]] = field(default_factory=dict)
+    is_form: bool = False
+
+    def parse(self, kind: type[F], file: str | None = None) -> F:
+        """The fields as `kind` has them; `file`: the name of the one file that there may be. Raises InvalidInput."""
+        for name, uploads in self.files.items():
+            if name != file:
+                allowed = "no file" if file is None else f"a file in the field {file}"
+                raise InvalidInput(name, uploads[0].filename, allowed)
+            if len(uploads) > 1:
+                raise InvalidInput(name, f"{len(uploads)} files", "one file: an image or a video")
+        return kind.parse(self.fields, from_text=self.is_form)
+
+    def file(self, name: str) -> UploadFile | None:
+        return self.files[name][0] if name in self.files else None
+
+
+@asynccontextmanager
+async def read_body(request: Request, max_bytes: int, max_upload_bytes: int = 0) -> AsyncIterator[Body]:
+    """The body of a request; its files are there until the block ends.
+
+    `max_bytes`: of JSON, and of the texts of a form; `max_upload_bytes`: of the files, 0 if there can be none.
+    Raises RequestError: 413 past these, 415 for another type, 400 if broken.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "application/json":
+        yield Body(_json_object(b"".join([part async for part in _bounded(request, max_bytes)])))
+    elif kind == "multipart/form-data":
+        parts = _bounded(request, max_bytes + max_upload_bytes)
+        parser = MultiPartParser(
+            request.headers, parts, max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=max_bytes
+        )
+        try:
+            form = await parser.parse()
+        except MultiPartException as error:
+            raise RequestError(400, "invalid_form", f"the body is no form: {error.message}") from None
+        try:
+            texts = [(name, value) for name, value in form.multi_items() if isinstance(value, str)]
+            files: dict[str, list[UploadFile]] = {}
+            for name, value in form.multi_items():
+                if isinstance(value, UploadFile):
+                    files.setdefault(name.removesuffix("[]"), []).append(value)
+            yield Body(_nested(texts), files, is_form=True)
+        finally:
+            await form.close()
+    else:
+        allowed = "application/json or multipart/form-data"
+        raise RequestError(415, "unsupported_media_type", f"Content-Type is {kind[:80]!r}; allowed: {allowed}")
+
+
+@asynccontextmanager
+async def on_disk(upload: UploadFile) -> AsyncIterator[Path]:
+    """An upload as a file with a name of our own; it is gone when the block ends."""
+    with tempfile.NamedTemporaryFile(prefix="helios-upload-") as file:
+        await asyncio.to_thread(shutil.copyfileobj, upload.file, file)
+        file.flush()
+        yield Path(file.name)
+
+
+async def _bounded(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
+    """The body, part by part. Raises RequestError 413 as soon as it is known to be longer than `limit` bytes."""
+    too_large = RequestError(413, "body_too_large", f"the body is too large; allowed: {limit} bytes")
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced[:20]) > limit:
+        raise too_large
+    size = 0
+    async for part in request.stream():
+        size += len(part)
+        if size > limit:
+            raise too_large
+        yield part
+
+
+def _json_object(data: bytes) -> dict[str, Any]:
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(400, "invalid_json", f"the body is not JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise RequestError(400, "invalid_json", f"the body is a JSON {type(body).__name__}; allowed: an object")
+    return body
+
+
+def _nested(texts: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """Flattened names put together again: `a[]` is a list, `a[b]` an object, `a[][b]` a list of objects.
+
+    Raises InvalidInput for a name that is there twice.
+    """
+    fields: dict[str, Any] = {}
+    for name, text in texts:
+        match = BRACKETED.fullmatch(name)
+        path = [name] if match is None else [match[1], *re.findall(r"\[([^\[\]]*)\]", match[2])]
+        if not _put(fields, path, text):
+            raise InvalidInput(name[:80], text, "each field once")
+    return fields
+
+
+def _put(into: dict[str, Any], path: list[str], text: str) -> bool:
+    """Puts `text` where `path` leads, "" being the next place of a list. Whether that place was free."""
+    key, *rest = path
+    if not rest:
+        free = key not in into
+        into.setdefault(key, text)
+        return free
+    if rest[0] != "":
+        inner = into.setdefault(key, {})
+        return isinstance(inner, dict) and _put(inner, rest, text)
+    items = into.setdefault(key, [])
+    if not isinstance(items, list):
+        return False
+    if not rest[1:]:
+        items.append(text)
+        return True
+    # An object in a list: it goes on until one of its names comes again.
+    if not items or not isinstance(items[-1], dict) or not _put(items[-1], rest[1:], text):
+        items.append({})
+        return _put(items[-1], rest[1:], text)
+    return True

@@ -1,0 +1,150 @@
+"""What a request asks for: its body, and what it uploads or refers to, become a Draft of a new video."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+from fastapi import Request
+
+from deployments.bodies import Body, on_disk, read_body
+from deployments.config import AppConfig
+from deployments.content import file_bytes, objects_of
+from deployments.director import NoSuchVideo
+from deployments.errors import RequestError
+from deployments.making import NotPossible
+from deployments.records import Origin, StoredObject, VideoStatus
+from deployments.schemas import CreateVideo, EditVideo, ExtendVideo, ForkVideo, RemixVideo
+from deployments.store import Store, is_video_id
+from helios_core.errors import InvalidInput
+from helios_core.media.read import probe
+from helios_core.spec import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, VIDEO_TO_VIDEO, ModelCard, VideoSpec
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What a new video shall be, and what it begins with."""
+
+    spec: VideoSpec
+    input: StoredObject | None = None
+    origin: Origin | None = None
+
+
+class Drafts:
+    """One method per way to ask for a video. Each takes the request and the new video's id, some another video's id.
+
+    All raise InvalidInput or RequestError for what the client did wrong, NoSuchVideo and NotPossible for the other
+    video.
+    """
+
+    def __init__(
+        self,
+        config: AppConfig,
+        models: Mapping[str, ModelCard],
+        status: Callable[[str], Awaitable[VideoStatus]],
+        store: Store,
+    ) -> None:
+        """`models`: by their ids, the default one first; `status`: how a video stands."""
+        self._config, self._models, self._status, self._store = config, models, status, store
+
+    async def new(self, request: Request, video_id: str) -> Draft:
+        """A text-to-video, or with a file an image- or video-to-video."""
+        async with self._body(request, uploads=True) as body:
+            fields = body.parse(CreateVideo, file="input_reference")
+            upload = body.file("input_reference")
+            if upload is None:
+                return Draft(self._spec(fields, TEXT_TO_VIDEO))
+            self._spec(fields, IMAGE_TO_VIDEO)  # what is wrong anyway is said before the file is looked at
+            async with on_disk(upload) as path:
+                return await self._with_input(fields, "input_reference", path, video_id)
+
+    async def edited(self, request: Request, video_id: str) -> Draft:
+        """A video-to-video, in OpenAI's forms: of a file, or of a finished video of this service."""
+        async with self._body(request, uploads=True) as body:
+            fields = body.parse(EditVideo, file="video")
+            upload = body.file("video")
+            if (upload is None) == (fields.video is None):
+                raise InvalidInput("video", None if upload is None else "both", "a file, or the id of a video as {id}")
+            self._spec(fields, VIDEO_TO_VIDEO)
+            if upload is not None:
+                async with on_disk(upload) as path:
+                    return await self._with_input(fields, "video", path, video_id)
+            assert fields.video is not None
+            with NamedTemporaryFile(prefix="helios-upload-") as file:
+                await self._write_finished(known(fields.video.id), Path(file.name))
+                return await self._with_input(fields, "video", Path(file.name), video_id)
+
+    async def extended(self, request: Request, _: str, source_id: str) -> Draft:
+        async with self._body(request) as body:
+            more = body.parse(ExtendVideo)
+        source = await self._status(source_id)
+        chunks = source.usage.chunks
+        spec = source.spec.extend(more.seconds, chunks, more.prompt, more.transition_chunks, self._config.limits)
+        return Draft(spec, origin=Origin(how="extend", video_id=source_id, chunks=chunks))
+
+    async def forked(self, request: Request, _: str, source_id: str) -> Draft:
+        async with self._body(request) as body:
+            other = body.parse(ForkVideo)
+        source = await self._status(source_id)
+        spec = source.spec.fork(
+            other.chunk, other.prompt, other.transition_chunks, other.seed, other.seconds, self._config.limits
+        )
+        return Draft(spec, origin=Origin(how="fork", video_id=source_id, chunks=other.chunk))
+
+    async def remixed(self, request: Request, _: str, source_id: str) -> Draft:
+        async with self._body(request) as body:
+            other = body.parse(RemixVideo)
+        source = await self._status(source_id)
+        spec = source.spec.remix(other.prompt, self._config.limits)
+        return Draft(spec, origin=Origin(how="remix", video_id=source_id))
+
+    def _body(self, request: Request, uploads: bool = False) -> AbstractAsyncContextManager[Body]:
+        return read_body(request, self._config.max_body_bytes, self._config.uploads.max_bytes if uploads else 0)
+
+    def _spec(self, fields: CreateVideo, task: str) -> VideoSpec:
+        model = next(iter(self._models)) if fields.model is None else fields.model
+        if model not in self._models:
+            raise no_such_model(model, self._models)
+        return fields.request(self._config.limits, task).check(self._models[model])
+
+    async def _with_input(self, fields: CreateVideo, name: str, path: Path, video_id: str) -> Draft:
+        """A video from the file at `path`, which came as the field `name`: probed, and stored with the video."""
+        try:
+            info = await probe(path, self._config.uploads.media_limits())
+        except InvalidInput as error:
+            raise RequestError(400, error.code, str(InvalidInput(name, error.value, error.allowed)), name) from None
+        task = IMAGE_TO_VIDEO if info.kind == "image" else VIDEO_TO_VIDEO
+        if isinstance(fields, EditVideo):
+            if task != VIDEO_TO_VIDEO:
+                raise RequestError(400, "invalid_input", f"{name} is an image; allowed: a video", name)
+            if "seconds" not in fields.model_fields_set:  # as long as what it comes from
+                fields = fields.model_copy(update={"seconds": min(info.seconds, self._config.limits.max_seconds)})
+        spec = self._spec(fields, task)
+        return Draft(spec, input=await self._store.put_input(video_id, path))
+
+    async def _write_finished(self, video_id: str, path: Path) -> None:
+        """Puts a finished video's file together."""
+        status = await self._status(video_id)
+        if status.status != "completed":
+            raise NotPossible(f"video {video_id} is {status.status}; allowed: a completed video")
+        record = await self._store.record(video_id)
+        if record is None:
+            raise NoSuchVideo(video_id)
+        objects = objects_of(record.init, record.chunks)
+        with path.open("wb") as file:
+            async for data in file_bytes(objects, self._store, 0, sum(item.bytes for item in objects)):
+                file.write(data)
+
+
+def no_such_model(model: str, served: Iterable[str]) -> RequestError:
+    return RequestError(404, "model_not_found", f"model is {model!r:.80}; served: {', '.join(served)}", "model")
+
+
+def known(video_id: str) -> str:
+    """The id, if it has the form of one. No other text from a client gets near the store."""
+    if not is_video_id(video_id):
+        raise NoSuchVideo(video_id)
+    return video_id

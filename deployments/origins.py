@@ -1,0 +1,52 @@
+"""What a new video takes over from the one that it comes from: copies, so that each can be deleted alone."""
+
+from __future__ import annotations
+
+import asyncio
+
+from deployments.making import NotPossible, first_record
+from deployments.records import Origin, Start, VideoRecord, VideoRequestRecord
+from deployments.store import Store, renamed
+from helios_core.errors import InvalidInput
+
+
+async def take_over(
+    store: Store, term: int, request: VideoRequestRecord, origin: Origin, source: VideoRecord
+) -> tuple[VideoRequestRecord, VideoRecord]:
+    """The request of a new video, with an input of its own, and its first record, with its first chunks.
+
+    Raises InvalidInput or NotPossible if `source` does not have the chunks or the state that are asked for, and
+    ObjectMissing if it is deleted meanwhile.
+    """
+    asked = await store.request(source.id)
+    if asked is not None and asked.input is not None:
+        request = request.model_copy(update={"input": await store.copy(asked.input, request.id, term)})
+    new = first_record(request)
+    if origin.chunks == 0:
+        return request, new
+    if source.status != "completed":
+        raise NotPossible(f"video {source.id} is {source.status}; allowed to {origin.how}: a completed video")
+    if origin.chunks > len(source.chunks):
+        raise InvalidInput("chunk", origin.chunks, f"0 to {len(source.chunks)}, the end of video {source.id}")
+    state = source.chunks[origin.chunks - 1].state
+    if not await store.exists(state):
+        raise NotPossible(
+            f"no state of video {source.id} is kept before chunk {origin.chunks}; allowed: chunk 0, or "
+            f"{len(source.chunks)}, its end; any chunk if the service keeps all states (keep_states: all)"
+        )
+
+    # A last fragment that was cut is made again, from the state, where the new video goes on beyond it.
+    taken = [chunk for chunk in source.chunks[: origin.chunks] if chunk.frames == new.spec.frames_of_chunk(chunk.index)]
+    fragments = await asyncio.gather(*(store.copy(chunk.fragment, new.id, term) for chunk in taken))
+    start = Start(copied=len(taken), seen=origin.chunks, state=await store.copy(state, new.id, term))
+    changes = {
+        "start": start,
+        "init": None if source.init is None else await store.copy(source.init, new.id, term),
+        "thumbnail": None if source.thumbnail is None else await store.copy(source.thumbnail, new.id, term),
+        # Of their states only the one to go on from is copied: the others' names lead nowhere.
+        "chunks": tuple(
+            chunk.model_copy(update={"fragment": fragment, "state": renamed(chunk.state, new.id, term)})
+            for chunk, fragment in zip(taken, fragments, strict=True)
+        ),
+    }
+    return request, new.model_copy(update=changes)
