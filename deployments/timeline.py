@@ -21,6 +21,7 @@ from helios_core.errors import HeliosError, InvalidInput
 MARKS = {
     "chunk": ("─", "bright_black"),
     "encode prompt": ("▒", "blue"),
+    "encode input": ("▞", "blue"),
     "wait": ("░", "yellow"),
     "sample": ("█", "cyan"),
     "render": ("▓", "magenta"),
@@ -170,7 +171,8 @@ def draw(console: Console, video: Video) -> None:
     axis.columns[0].ratio = 1
     axis.add_row("0", f"{video.seconds:.2f} s")
     table.add_row("", *columns, "done at", axis, style="bold")
-    rows = [(name, [span for span in video.spans if span.name.startswith(name)]) for name in ("POST", "encode prompt")]
+    before = ("POST", "encode prompt", "encode input")
+    rows = [(name, [span for span in video.spans if span.name.startswith(name)]) for name in before]
     for spans in chunks.values():
         number = next((span.chunk for span in spans if span.chunk is not None), "?")
         rows.append((f"chunk {number}", spans))
@@ -186,12 +188,14 @@ def draw(console: Console, video: Video) -> None:
     status = next((span.status for span in video.spans if span.name == "video"), None)
     committed = sum(span.name == "commit" and not span.failed for span in video.spans)
     again = retries(video.spans)
+    seen = {span.mark for span in video.spans}
+    legend = [name for name in MARKS if name != "chunk" and name in seen]
     for line in (
         f"{video.id}  {status or 'unfinished'}",
         f"trace {video.spans[0].trace.removeprefix('0x')}",
         f"{committed} chunks in {video.seconds:.2f} s, retries: {again}\n",
         table,
-        Text("\n") + Text("  ").join(Text.assemble(mark, " ", name) for name, mark in MARKS.items() if name != "chunk"),
+        Text("\n") + Text("  ").join(Text.assemble(MARKS[name], " ", name) for name in legend),
         f"sampling {sums['sample']:.2f} s, {sums['sample'] / (video.seconds or 1):.0%} of the time; "
         f"waiting {sums['wait']:.2f} s, committing {sums['commit']:.2f} s",
         f"rendering {sums['render']:.2f} s (decode {sums['decode']:.2f}, encode {sums['encode']:.2f}, "

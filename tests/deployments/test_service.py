@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -15,9 +18,11 @@ from pathlib import Path
 import av
 import httpx
 import imageio_ffmpeg
+import numpy as np
 import psutil
 import pytest
 from av.video.reformatter import Colorspace
+from PIL import Image
 from ray import serve
 
 from deployments.cli import free_port, save_stream
@@ -128,6 +133,85 @@ def test_service_command_line_and_library_make_the_same_video(
         fragment = encode_fragment(chunk.frames, chunk_index=chunk.index, first_frame=first_frame, fps=24)
         by_library += fragment.data if chunk.index else fragment.init + fragment.data
     assert by_library == by_service
+
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+BLOCKS = re.findall(r"^```([a-z]*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+CURLS = [
+    command
+    for kind, block in BLOCKS
+    if not kind
+    for command in re.findall(r"^curl (?:.*\\\n)*.*", block, re.MULTILINE)
+    if "/v1/" in command
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current one, with picture.png and video.mp4 of 40 frames."""
+    monkeypatch.chdir(tmp_path)
+    random = np.random.default_rng(0)
+    Image.fromarray(random.integers(0, 255, (90, 120, 3), dtype=np.uint8)).save("picture.png")
+    frames = random.integers(0, 255, (40, 64, 96, 3), dtype=np.uint8)
+    fragment = encode_fragment(frames, chunk_index=0, first_frame=0, fps=24)
+    Path("video.mp4").write_bytes(fragment.init + fragment.data)
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", CURLS, ids=lambda command: command.partition("\n")[0][:80])
+def test_what_the_readme_does_with_curl(service: Running, http: httpx.Client, folder: Path, command: str) -> None:
+    """One example per task, as it stands there, but for the port."""
+    long = "/prompt" in command  # it wants a video that is being made
+    body = {"prompt": PROMPT, "seconds": 600 if long else 2, "preset": "realtime"}
+    asked = http.post("/v1/videos", json=body).json()
+    if not long:
+        assert http.get(f"/v1/videos/{asked['id']}/content").status_code == 200  # to its end
+    run = subprocess.run(
+        ["bash", "-c", command.replace("http://127.0.0.1:8000", service.url).replace("curl ", "curl -sS --fail ", 1)],
+        env={"PATH": os.environ["PATH"], "ID": asked["id"]},
+        capture_output=True,
+        check=True,
+    )
+    if output := re.search(r"-o (\S+)", command):
+        with av.open(output[1]) as video:
+            assert sum(1 for _ in video.decode(video=0)) == 24 * int(re.findall(r'seconds"?[=:] ?(\d+)', command)[0])
+    else:
+        answer = json.loads(run.stdout)
+        assert answer["object"] == ("video.prompt" if long else "video")
+        http.delete(f"/v1/videos/{answer['id']}")
+
+
+def test_what_the_readme_does_in_python(service: Running, folder: Path) -> None:
+    blocks = [block for kind, block in BLOCKS if kind == "python"]
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block.replace("http://127.0.0.1:8000", service.url), "README.md", "exec"), {})
+    with av.open("video.mp4") as video:  # what OpenAI's client downloaded
+        assert sum(1 for _ in video.decode(video=0)) == 96
+
+
+def test_what_the_readme_does_without_a_service(folder: Path) -> None:
+    (block,) = [block for kind, block in BLOCKS if not kind and "helios generate" in block]
+    commands = [shlex.split(line.removeprefix("helios ")) for line in block.splitlines()]
+    assert [name for command in commands for name in ("--image", "--video") if name in command] == [
+        "--image",
+        "--video",
+    ]
+    for command in commands:
+        subprocess.run([*HELIOS, *command], check=True, capture_output=True)
+        with av.open(command[command.index("-o") + 1]) as video:
+            assert sum(1 for _ in video.decode(video=0)) == (192 if "--seconds" in command else 120)
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_service_and_command_line_make_the_same_video_of_an_upload(http: httpx.Client, folder: Path, kind: str) -> None:
+    file = {"image": "picture.png", "video": "video.mp4"}[kind]
+    fields = {"prompt": PROMPT, "seconds": "2.5", "seed": "11", "preset": "realtime"}
+    upload = {"input_reference": Path(file).read_bytes()}
+    by_service = b"".join(http.post("/v1/videos/stream", data=fields, files=upload).iter_raw())
+    options = ["-o", "cli.mp4", "--seconds", "2.5", "--seed", "11", "--preset", "realtime", f"--{kind}", file]
+    subprocess.run([*HELIOS, "generate", PROMPT, *options], check=True, capture_output=True)
+    assert Path("cli.mp4").read_bytes() == by_service
 
 
 def test_created_videos_are_made_unwatched(http: httpx.Client) -> None:
