@@ -24,8 +24,9 @@ LONGEST_CHUNK_S = 60.0  # a computing replica that is to stop may finish its chu
 LONGEST_ANSWER_S = 2.0  # one that only waits has nothing to finish that would not go on elsewhere
 
 
-def build_app(config: AppConfig) -> Application:
-    """Ingress ▸ Director ▸ for each model (TextEncoder, Sampler, VaeDecoder), of which models share what is equal.
+def build_app(config: AppConfig) -> tuple[Application, list[Pool]]:
+    """Ingress ▸ Director ▸ for each model (TextEncoder, Sampler, VaeDecoder), of which models share what is equal; and
+    the pool of each deployment.
 
     Raises CheckpointError if a model cannot be opened, ConfigError if two have the same id. Weights are loaded by the
     replicas, each its own.
@@ -65,7 +66,9 @@ def build_app(config: AppConfig) -> Application:
         # Behind HAProxy this hands the socket's own `send` to the application, which then waits for a slow viewer.
         environment={"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"} if config.haproxy else None,
     ).bind(config, [checkpoint.card for checkpoint in checkpoints], director)
-    return ingress
+    pools: list[Pool] = [config.ingress, config.director, *(settings.sampler for settings in config.models)]
+    pools += [config.text_encoder] * len(text_encoders) + [config.vae_decoder] * len(vae_decoders)
+    return ingress, pools
 
 
 def _owners(checkpoints: Sequence[Checkpoint], part: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ from deployments.store import Store, is_video_id
 from helios_core.errors import InvalidInput
 from helios_core.media.read import probe
 from helios_core.spec import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, VIDEO_TO_VIDEO, ModelCard, VideoSpec
+
+# Each is a process that may take 150 MB; its wall time is limited, and so must not be spent on waiting for a core.
+PROBES_AT_ONCE = 2
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class Drafts:
     ) -> None:
         """`models`: by their ids, the default one first; `status`: how a video stands."""
         self._config, self._models, self._status, self._store = config, models, status, store
+        self._probing = asyncio.Semaphore(PROBES_AT_ONCE)
 
     async def new(self, request: Request, video_id: str) -> Draft:
         """A text-to-video, or with a file an image- or video-to-video."""
@@ -113,7 +118,8 @@ class Drafts:
     async def _with_input(self, fields: CreateVideo, name: str, path: Path, video_id: str) -> Draft:
         """A video from the file at `path`, which came as the field `name`: probed, and stored with the video."""
         try:
-            info = await probe(path, self._config.uploads.media_limits())
+            async with self._probing:
+                info = await probe(path, self._config.uploads.media_limits())
         except InvalidInput as error:
             raise RequestError(400, error.code, str(InvalidInput(name, error.value, error.allowed)), name) from None
         task = IMAGE_TO_VIDEO if info.kind == "image" else VIDEO_TO_VIDEO

@@ -156,9 +156,9 @@ def http_app(
             wanted = body.parse(ChangePrompt)
         check_prompt("prompt", wanted.prompt, config.limits)
         check_transition("transition_chunks", wanted.transition_chunks, config.limits)
-        change = await director.change_prompt(known(video_id), wanted.prompt, wanted.transition_chunks)
-        status = await director.get(video_id)
-        return JSONResponse({"id": video_id, "object": "video.prompt", **prompt_object(change, status.spec)})
+        video = await director.get(known(video_id))
+        change = await director.change_prompt(video_id, wanted.prompt, wanted.transition_chunks)
+        return JSONResponse({"id": video_id, "object": "video.prompt", **prompt_object(change, video.spec)})
 
     @app.get("/v1/videos")
     async def page(request: Request) -> JSONResponse:
@@ -203,13 +203,13 @@ def http_app(
 
     @app.get("/v1/models")
     async def list_models() -> JSONResponse:
-        return JSONResponse({"object": "list", "data": [model_object(card, config.limits) for card in cards]})
+        return JSONResponse({"object": "list", "data": [model_object(card, config) for card in cards]})
 
     @app.get("/v1/models/{model_id:path}")
     async def model(model_id: str) -> JSONResponse:
         if model_id not in models:
             raise no_such_model(model_id, models)
-        return JSONResponse(model_object(models[model_id], config.limits))
+        return JSONResponse(model_object(models[model_id], config))
 
     @app.get("/metrics")
     async def metrics() -> Response:

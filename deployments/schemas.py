@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import pydantic
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from deployments.config import AppConfig
 from deployments.records import Page, VideoStatus
 from helios_core.config import CHUNK_FRAMES, NATIVE_FPS
 from helios_core.errors import InvalidInput
@@ -271,8 +272,9 @@ def page_object(page: Page) -> dict[str, Any]:
     }
 
 
-def model_object(card: ModelCard, limits: Limits) -> dict[str, Any]:
+def model_object(card: ModelCard, config: AppConfig) -> dict[str, Any]:
     """One entry of GET /v1/models."""
+    limits = config.limits
     width, height = card.default_size
     variant = card.variant
     return {
@@ -296,6 +298,8 @@ def model_object(card: ModelCard, limits: Limits) -> dict[str, Any]:
             "prompts": limits.max_prompts,
             "steps_per_stage": limits.max_steps_per_stage,
             "guidance_scale": 1 if variant.is_distilled else limits.max_guidance_scale,
+            "upload_bytes": config.uploads.max_bytes,
+            "upload_seconds": config.uploads.max_seconds,
         },
     }
 

@@ -15,7 +15,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.schema import LoggingConfig
 
 from deployments.app import build_app
-from deployments.config import AppConfig
+from deployments.config import AppConfig, Pool
 from deployments.store import Store
 from helios_core.errors import HeliosError
 
@@ -41,7 +41,7 @@ def run_service(config: AppConfig) -> Iterator[str]:
     """
     address = os.environ.get("RAY_ADDRESS") or "local"
     with Store(config.store).lock():
-        graph = build_app(config)
+        graph, pools = build_app(config)
         try:
             if address == "local":
                 _check_port(config.host, config.port)
@@ -55,7 +55,7 @@ def run_service(config: AppConfig) -> Iterator[str]:
                     logging_level=logging.WARNING,
                     log_to_driver=False,
                 )
-                _check_room(config, ray.cluster_resources())
+                _check_room(pools, ray.cluster_resources())
             else:
                 ray.init(address, logging_level=logging.WARNING, log_to_driver=False)
             logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -80,10 +80,8 @@ def run_service(config: AppConfig) -> Iterator[str]:
                 ray.shutdown()
 
 
-def _check_room(config: AppConfig, resources: dict[str, float]) -> None:
+def _check_room(pools: list[Pool], resources: dict[str, float]) -> None:
     """Raises StartFailed if this machine cannot hold the replicas: Serve would wait for another one for ever."""
-    pools = [config.ingress, config.director, config.text_encoder, config.vae_decoder]
-    pools += [each.sampler for each in config.models]
     for kind, needed in (
         ("CPU", sum(pool.num_cpus * pool.min_replicas for pool in pools)),
         ("GPU", sum(pool.num_gpus * pool.min_replicas for pool in pools)),

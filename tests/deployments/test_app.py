@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from deployments.app import build_app, deploy
-from deployments.config import AppConfig, Pool
+from deployments.config import AppConfig, ConfigError, Pool
 from deployments.sampler import Sampler
+from helios_core.demo.checkpoint import write_checkpoint
 from helios_core.errors import CheckpointError
 
 README = Path(__file__).parents[2] / "README.md"
@@ -44,7 +45,7 @@ def test_defaults_fit_on_a_laptop() -> None:
 
 
 def test_five_deployments_are_wired(tmp_path: Path) -> None:
-    ingress = build_app(AppConfig(store=str(tmp_path)))
+    ingress, _ = build_app(AppConfig(store=str(tmp_path)))
     assert ingress._bound_deployment.name == "Ingress"
     director = ingress._bound_deployment.init_args[2]
     assert director._bound_deployment.name == "Director"
@@ -60,10 +61,34 @@ def parts_of(director: Any) -> dict[str, tuple[str, ...]]:
     }
 
 
+def test_models_with_equal_encoders_and_vaes_share_them(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    write_checkpoint(other, seed=1)
+    config = AppConfig(store=str(tmp_path / "store")).override(
+        models=[{"model": "demo"}, {"model": "demo-mid"}, {"model": str(other)}]
+    )
+    ingress, pools = build_app(config)
+    assert parts_of(ingress._bound_deployment.init_args[2]) == {
+        "demo": ("TextEncoder-demo", "Sampler-demo", "VaeDecoder-demo"),
+        "demo-mid": ("TextEncoder-demo", "Sampler-demo-mid", "VaeDecoder-demo"),
+        "other": ("TextEncoder-other", "Sampler-other", "VaeDecoder-other"),
+    }
+    assert len(pools) == 2 + 2 + 3 + 2
+    assert [card.id for card in ingress._bound_deployment.init_args[1]] == ["demo", "demo-mid", "other"]
+
+
+def test_two_models_of_one_name_are_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "demo")
+    config = AppConfig(store=str(tmp_path / "store"))
+    with pytest.raises(ConfigError, match="models are demo, demo; allowed: each id once"):
+        build_app(config.override(models=[{"model": "demo"}, {"model": str(tmp_path / "demo")}]))
+
+
 def test_replicas_are_told_of_files_by_their_whole_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They have other working directories."""
     monkeypatch.chdir(tmp_path)
-    config = build_app(AppConfig(store="store", trace_file="spans.jsonl"))._bound_deployment.init_args[0]
+    ingress, _ = build_app(AppConfig(store="store", trace_file="spans.jsonl"))
+    config = ingress._bound_deployment.init_args[0]
     assert (config.store, config.trace_file) == (f"{tmp_path}/store", f"{tmp_path}/spans.jsonl")
 
 
