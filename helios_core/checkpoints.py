@@ -136,17 +136,20 @@ class Checkpoint:
             found.update(f"{name} {sha256}\n".encode())
         return found.hexdigest()
 
-    def _weights(self, part: str) -> Iterator[tuple[str, str]]:
+    def _weights(self, part: str) -> list[tuple[str, str]]:
         """Name and SHA-256 of each of a part's weight files."""
-        if self.hub_id is None:
-            for path in (self.folder / part).glob("*.safetensors"):
-                yield path.name, _sha256(path)
-            return
-        repository, _, commit = self.hub_id.partition("@")
-        with _hub_errors(self.hub_id):
-            for file in HfApi().list_repo_tree(repository, part, revision=commit):
-                if file.path.endswith(".safetensors"):
-                    yield Path(file.path).name, file.lfs.sha256 if file.lfs else file.blob_id
+        here = list((self.folder / part).glob("*.safetensors"))
+        if self.hub_id is not None:
+            repository, _, commit = self.hub_id.partition("@")
+            try:
+                with _hub_errors(self.hub_id):
+                    files = list(HfApi().list_repo_tree(repository, part, revision=commit))
+                    return [(Path(f.path).name, f.lfs.sha256) for f in files if f.path.endswith(".safetensors")]
+            except CheckpointError:
+                if not here:
+                    raise
+                # The hub is out of reach, but its files were fetched before.
+        return [(path.name, _sha256(path)) for path in here]
 
     def load_sampler(self, device: torch.device, dtype: torch.dtype) -> ChunkSampler:
         """The transformer in `dtype`, except for the parameters that the reference keeps in fp32, with its solver."""

@@ -313,3 +313,22 @@ def test_generation_stops_at_bad_input_before_it_computes(made: Path) -> None:
     helios = Helios.load(str(made), device="cpu")
     with pytest.raises(InvalidInput, match="size is '100x100'"):
         helios.stream("a sea", size="100x100")  # raises at the call, not at the first chunk
+
+
+@pytest.mark.parametrize(
+    "file", ["text_encoder/config.json", "tokenizer/tokenizer.json", "vae/config.json", "vae", "text_encoder"]
+)
+def test_digests_tell_what_can_be_shared(tmp_path: Path, file: str) -> None:
+    for name in ("one", "other"):
+        write_checkpoint(tmp_path / name)
+    one, other = (Checkpoint.open(str(tmp_path / name)) for name in ("one", "other"))
+    parts = ("text_encoder", "vae")
+    assert [one.digest(part) for part in parts] == [other.digest(part) for part in parts]
+    changed = other.folder / file
+    if changed.is_dir():
+        changed = sorted(changed.glob("*.safetensors"))[-1]
+    data = bytearray(changed.read_bytes())
+    data[-1] ^= 1
+    changed.write_bytes(data)
+    own = "vae" if file.startswith("vae") else "text_encoder"
+    assert [one.digest(part) == other.digest(part) for part in parts] == [part != own for part in parts]

@@ -50,16 +50,22 @@ class Hub:
     fetched: list[str] = field(default_factory=list)
 
     def answer(self, path: str) -> bytes | None:
-        if path.startswith(f"/api/models/{REPO}/tree/{COMMIT}"):
-            return json.dumps(
-                [{"type": "file", "path": p, "size": (self.folder / p).stat().st_size, "oid": p} for p in self.files]
-            ).encode()
+        tree = f"/api/models/{REPO}/tree/{COMMIT}"
+        if path.startswith(tree):
+            folder = path.removeprefix(tree).lstrip("/")
+            return json.dumps([self.entry(p) for p in self.files if p.startswith(folder)]).encode()
         if path in (f"/api/models/{REPO}", f"/api/models/{REPO}/revision/main"):
             return json.dumps({"id": REPO, "sha": COMMIT, "siblings": [{"rfilename": p} for p in self.files]}).encode()
         prefix = f"/{REPO}/resolve/{COMMIT}/"
         if path.startswith(prefix) and (name := path.removeprefix(prefix)) in self.files:
             return (self.folder / name).read_bytes()
         return None
+
+    def entry(self, path: str) -> dict[str, object]:
+        data = (self.folder / path).read_bytes()
+        lfs = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
+        entry = {"type": "file", "path": path, "size": len(data), "oid": path}
+        return {**entry, "lfs": lfs} if path.endswith(".safetensors") else entry
 
     @property
     def files(self) -> list[str]:
@@ -145,6 +151,27 @@ def test_exactly_the_needed_files_are_fetched_and_work_without_the_hub_later(hub
     again = download(REPO, hub.url, tmp_path / "home", HF_HUB_OFFLINE="1")
     assert (again.returncode, again.stdout) == (0, first.stdout)
     assert len(hub.fetched) == asked
+
+
+def test_digests_are_the_hubs_own_and_no_weights_are_fetched_for_them(hub: Hub, tmp_path: Path) -> None:
+    """So that it is known which models share what before anything is downloaded. Later they need no hub either."""
+    script = "import sys; from helios_core.checkpoints import Checkpoint as C; c = C.open(sys.argv[1])\n"
+    script += "print(c.digest('text_encoder'), c.digest('vae'))"
+
+    def digests(model: str, **environment: str) -> str:
+        settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"}
+        run = subprocess.run(
+            [sys.executable, "-c", script, model],
+            cwd=ROOT, env={**os.environ, **settings, **environment}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr
+        return run.stdout
+
+    by_hub = digests(REPO)
+    assert not [path for path in hub.fetched if path.endswith(".safetensors")]
+    assert by_hub == digests(str(hub.folder))
+    assert download(REPO, hub.url, tmp_path / "home").returncode == 0
+    assert by_hub == digests(REPO, HF_HUB_OFFLINE="1")
 
 
 def test_unknown_repository(hub: Hub, tmp_path: Path) -> None:
