@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -67,7 +69,8 @@ import os, sys
 child = os.posix_spawn({sys.executable!r}, [{sys.executable!r}, *sys.argv[1:]], os.environ)
 _, status, usage = os.wait4(child, 0)
 with open({str(tmp_path / "figures")!r}, "w") as file:
-    file.write(f"{{usage.ru_maxrss / 1024}} {{usage.ru_utime + usage.ru_stime}}")
+    resident = usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    file.write(f"{{resident}} {{usage.ru_utime + usage.ru_stime}}")
 os._exit(os.waitstatus_to_exitcode(status) % 256)
 """
     in_place_of_python(tmp_path, program, monkeypatch)
@@ -468,6 +471,26 @@ async def test_a_file_that_is_missing_is_not_the_uploads_fault(tmp_path: Path) -
 # --- The child --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("task", "make", "wanted"),
+    [
+        ("probe", lambda: image("PNG"), {"PIL"}),
+        ("image", lambda: image("PNG"), {"PIL"}),
+        ("probe", video, {"av"}),
+        ("clip", video, {"av", "PIL"}),
+    ],
+)
+def test_a_child_imports_only_what_its_order_needs(
+    task: str, make: Callable[[], bytes], wanted: set[str], saved: Callable[..., Path]
+) -> None:
+    order = json.dumps({"task": task, "size": (96, 64), "limits": asdict(LIMITS)})
+    command = [sys.executable, "-X", "importtime", "-m", "helios_core.media.decode", order]
+    with saved(make()).open("rb") as upload:
+        child = subprocess.run(command, stdin=upload, capture_output=True, check=True)
+    imported = {line.rpartition("|")[2].strip() for line in child.stderr.decode().splitlines()}
+    assert imported & {"PIL", "av", "numpy", "asyncio"} == wanted
+
+
 async def test_nothing_but_the_upload_is_opened(tmp_path: Path, saved: Callable[..., Path]) -> None:
     trap = tmp_path / "trap"
     os.mkfifo(trap)  # who opens it waits for a writer, in vain
@@ -488,9 +511,11 @@ async def test_the_child_sees_no_environment(
     in_place_of_python(tmp_path, f"#!{sys.executable}\nimport os\nraise SystemExit(','.join(os.environ))", monkeypatch)
     with pytest.raises(RuntimeError) as failure:
         await probe(saved(image("PNG")))
-    assert str(failure.value).splitlines()[-1] in ("PYTHONPATH", "PYTHONPATH,LC_CTYPE")  # Python may set the latter
+    names = set(str(failure.value).splitlines()[-1].split(","))
+    assert names - {"LC_CTYPE", "__CF_USER_TEXT_ENCODING"} == {"PYTHONPATH"}  # Python and macOS may set the others
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits a process's data")
 async def test_too_much_memory_is_refused(saved: Callable[..., Path]) -> None:
     path = saved(png(4000, 4000, 8, 6))
     with pytest.raises(InvalidInput, match="takes too much to read: more memory"):
@@ -523,6 +548,15 @@ async def test_a_crash_is_the_uploads_fault(
     in_place_of_python(tmp_path, "#!/bin/sh\nkill -SEGV $$", monkeypatch)
     with pytest.raises(InvalidInput, match="takes too much to read: the decoder was ended by SIGSEGV"):
         await probe(saved(image("PNG")))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
+async def test_a_full_disk_is_not_the_uploads_fault(
+    tmp_path: Path, saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_place_of_python(tmp_path, f'#!/bin/sh\nexec {sys.executable} "$@" >/dev/full', monkeypatch)
+    with pytest.raises(RuntimeError, match="No space left on device"):
+        await read_clip(saved(video()), 96, 64)
 
 
 async def test_a_bug_is_ours(tmp_path: Path, saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
