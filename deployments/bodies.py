@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import Request
-from starlette.datastructures import UploadFile
+from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from deployments.errors import RequestError
@@ -66,19 +66,25 @@ async def read_body(request: Request, max_bytes: int, max_upload_bytes: int = 0)
         yield Body(_json_object(b"".join([part async for part in _bounded(request, max_bytes)])))
     elif kind == "multipart/form-data":
         parts = _bounded(request, max_bytes + max_upload_bytes)
-        parser = MultiPartParser(
-            request.headers, parts, max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=max_bytes
-        )
+        # The parser would guess at bytes that are not in the charset; of Latin-1 it gives every byte back.
+        headers = Headers({"content-type": f"{request.headers['content-type']}; charset=latin-1"})
+        parser = MultiPartParser(headers, parts, max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=max_bytes)
         try:
             form = await parser.parse()
         except MultiPartException as error:
+            if "exceeded maximum size" in error.message:
+                raise _too_large(max_bytes) from None
             raise RequestError(400, "invalid_form", f"the body is no form: {error.message}") from None
         try:
-            texts = [(name, value) for name, value in form.multi_items() if isinstance(value, str)]
+            texts: list[tuple[str, str]] = []
             files: dict[str, list[UploadFile]] = {}
             for name, value in form.multi_items():
                 if isinstance(value, UploadFile):
-                    files.setdefault(name.removesuffix("[]"), []).append(value)
+                    files.setdefault(_utf8(name).removesuffix("[]"), []).append(value)
+                else:
+                    texts.append((_utf8(name), _utf8(value)))
+            if sum(len(name) + len(value) for name, value in texts) > max_bytes:
+                raise _too_large(max_bytes)
             yield Body(_nested(texts), files, is_form=True)
         finally:
             await form.close()
@@ -98,16 +104,27 @@ async def on_disk(upload: UploadFile) -> AsyncIterator[Path]:
 
 async def _bounded(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
     """The body, part by part. Raises RequestError 413 as soon as it is known to be longer than `limit` bytes."""
-    too_large = RequestError(413, "body_too_large", f"the body is too large; allowed: {limit} bytes")
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced[:20]) > limit:
-        raise too_large
+        raise _too_large(limit)
     size = 0
     async for part in request.stream():
         size += len(part)
         if size > limit:
-            raise too_large
+            raise _too_large(limit)
         yield part
+
+
+def _too_large(limit: int) -> RequestError:
+    return RequestError(413, "body_too_large", f"the body is too large; allowed: {limit} bytes")
+
+
+def _utf8(text: str) -> str:
+    """The text of which `text` has the bytes, one in each character."""
+    try:
+        return text.encode("latin-1").decode()
+    except UnicodeDecodeError as error:
+        raise RequestError(400, "invalid_form", f"the body is no form: a text is not UTF-8: {error.reason}") from None
 
 
 def _json_object(data: bytes) -> dict[str, Any]:

@@ -134,10 +134,14 @@ class Director:
         if origin is None:
             return request, first_record(request)
         source = await self._record(origin.video_id)
+        await self._store.prepare(request.id)
         try:
-            return await take_over(self._store, self._term, request, origin, source)
+            request, record = await take_over(self._store, self._term, request, origin, source)
         except ObjectMissing as error:
             raise NoSuchVideo(origin.video_id) from error
+        if record.chunks:
+            await self._store.put_record(record, self._term)  # watchers hear of them at once
+        return request, record
 
     async def _accept(self, request: VideoRequestRecord) -> VideoStatus:
         with self._hiding(request.id):

@@ -85,7 +85,7 @@ class Drafts:
     async def extended(self, request: Request, _: str, source_id: str) -> Draft:
         async with self._body(request) as body:
             more = body.parse(ExtendVideo)
-        source = await self._status(source_id)
+        source = await self._completed(source_id)
         chunks = source.usage.chunks
         spec = source.spec.extend(more.seconds, chunks, more.prompt, more.transition_chunks, self._config.limits)
         return Draft(spec, origin=Origin(how="extend", video_id=source_id, chunks=chunks))
@@ -93,7 +93,7 @@ class Drafts:
     async def forked(self, request: Request, _: str, source_id: str) -> Draft:
         async with self._body(request) as body:
             other = body.parse(ForkVideo)
-        source = await self._status(source_id)
+        source = await self._completed(source_id)
         spec = source.spec.fork(
             other.chunk, other.prompt, other.transition_chunks, other.seed, other.seconds, self._config.limits
         )
@@ -131,11 +131,15 @@ class Drafts:
         spec = self._spec(fields, task)
         return Draft(spec, input=await self._store.put_input(video_id, path))
 
-    async def _write_finished(self, video_id: str, path: Path) -> None:
-        """Puts a finished video's file together."""
+    async def _completed(self, video_id: str) -> VideoStatus:
         status = await self._status(video_id)
         if status.status != "completed":
             raise NotPossible(f"video {video_id} is {status.status}; allowed: a completed video")
+        return status
+
+    async def _write_finished(self, video_id: str, path: Path) -> None:
+        """Puts a finished video's file together."""
+        await self._completed(video_id)
         record = await self._store.record(video_id)
         if record is None:
             raise NoSuchVideo(video_id)

@@ -10,7 +10,7 @@ from ray.serve.exceptions import RayServeException
 from starlette.exceptions import HTTPException
 
 from deployments.director import NoSuchVideo, Unreadable
-from deployments.making import NotPossible, ReplicaLost
+from deployments.making import NotPossible, ReplicaLost, TextLost
 from deployments.schemas import error_object
 from deployments.store import StoreUnavailable
 from helios_core.errors import HeliosError, InvalidInput
@@ -48,7 +48,7 @@ def status_of(error: HeliosError) -> int:
             return 404
         case Unreadable() | NotPossible():
             return 409
-        case StoreUnavailable():
+        case StoreUnavailable() | TextLost():
             return 503
     return 500
 

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from opentelemetry.trace import Span
@@ -106,6 +107,12 @@ def first_record(request: VideoRequestRecord) -> VideoRecord:
     return VideoRecord(id=request.id, created_at=request.created_at, spec=request.spec, origin=request.origin)
 
 
+class TextLost(HeliosError):
+    """A change of the prompt could not be made because replicas died over its text again and again."""
+
+    code = "unavailable"
+
+
 class NotPossible(HeliosError):
     """A request that does not fit where a video stands. The message says what would."""
 
@@ -123,7 +130,8 @@ class RunningVideo:
         self.writing = asyncio.Lock()  # held by whoever puts the record, from reading the one that it follows
         self.cancelled = False  # somebody wants it to end
         self.ending = False  # nothing is left to cancel
-        self.issued = 0  # chunks whose texts are fixed: a change of the prompt begins with the next one
+        # Chunks whose texts are fixed: a change of the prompt begins with the next one.
+        self.issued = 0 if self.record.start is None else self.record.start.seen
         self.texts: dict[str, Ref] = {}  # the prompts that were encoded, by reference while that is good
         self.stored_texts: dict[str, StoredObject] = {}
         self.changes: set[asyncio.Task[PromptChange]] = set()  # of the prompt, under way
@@ -179,7 +187,7 @@ class Maker:
             video.texts = dict(video.stored_texts)
             if video.cancelled:  # a task group on its way out with an error forgets a cancel
                 raise asyncio.CancelledError
-            await self._wait_for_retry(video, len(video.record.chunks), lost, "input_lost")
+            await self._wait_for_retry(video, len(video.record.chunks), lost)
 
     async def _make_from_last_commit(self, video: RunningVideo) -> None:
         spec, made = video.record.spec, video.record.chunks
@@ -190,6 +198,7 @@ class Maker:
                 chunk = self._tracer.start("chunk", video.request.traceparent, video_id=video.request.id, chunk=index)
                 with ending(chunk, only_on_error=True):
                     if seen > index:  # sampled for the video that this one goes on from; its fragment was cut
+                        await self._begin(video, seen)
                         sampled = SampleReport(steps=0, started_at=time.time(), seconds=0.0)
                     else:
                         state, sampled = await self._sample(video, chunk, index, state)
@@ -218,40 +227,61 @@ class Maker:
 
         return await self._retried(video, 0, attempt), 0
 
-    async def encode(self, video: RunningVideo, prompt: str, chunk: int) -> None:
-        """Sees to it that the video has the embeddings of `prompt`; chunk `chunk` waits for them."""
-
-        async def attempt(number: int) -> None:
-            call = Call(video_id=video.request.id, traceparent=video.request.traceparent, attempt=number)
-            with self._losses(video, "text_encoder", "encode prompt", call):
-                text, stored = await self._graph.encode(call, video.request.spec.model, prompt)
-                video.texts[prompt], video.stored_texts[prompt] = text, stored
-
-        if prompt not in video.texts:
-            await self._retried(video, chunk, attempt)
+    async def _encode(self, video: RunningVideo, prompt: str, number: int) -> None:
+        """Sees to it that the video has the embeddings of `prompt`, for the time `number` of trying."""
+        if prompt in video.texts:
+            return
+        call = Call(video_id=video.request.id, traceparent=video.request.traceparent, attempt=number)
+        with self._losses(video, "text_encoder", "encode prompt", call):
+            text, stored = await self._graph.encode(call, video.request.spec.model, prompt)
+            video.texts[prompt], video.stored_texts[prompt] = text, stored
 
     async def change_prompt(self, video: RunningVideo, prompt: str, transition_chunks: int) -> PromptChange:
-        """Commits a change of the prompt with the next chunk whose texts are not fixed yet. Raises NotPossible."""
-        await self.encode(video, prompt, video.issued)
+        """Commits a change of the prompt with the next chunk whose texts are not fixed yet. Raises NotPossible, or
+        TextLost."""
+        self._check_changeable(video)
+        await self._encode_change(video, prompt)
         async with video.writing:
-            spec = video.record.spec
-            if video.issued >= spec.chunks or video.ending or video.cancelled:
-                raise NotPossible(f"all chunks of video {video.request.id} have begun; allowed: to extend it later")
+            self._check_changeable(video)
             change = PromptChange(video.issued, prompt, transition_chunks)
-            changed = video.record.model_copy(update={"spec": spec.changed(change)})
+            changed = video.record.model_copy(update={"spec": video.record.spec.changed(change)})
             await self._store.put_record(changed, self._term)
             video.update(changed)
             return change
+
+    def _check_changeable(self, video: RunningVideo) -> None:
+        if video.issued >= video.record.spec.chunks or video.ending or video.cancelled:
+            raise NotPossible(f"all chunks of video {video.request.id} have begun; allowed: to extend it later")
+
+    async def _encode_change(self, video: RunningVideo, prompt: str) -> None:
+        """`_encode`, whose losses cost no chunk a retry: what a client asks for on the way must not end the video."""
+        for number, pause in enumerate((*RETRY_AFTER_S, None)):
+            try:
+                return await self._encode(video, prompt, number)
+            except Lost as lost:
+                if pause is None:
+                    raise TextLost(f"the prompt could not be encoded, at last because {lost}; try again") from lost
+                self._metrics.retried(lost.part, _reason(lost))
+                await asyncio.sleep(pause)
+
+    async def _begin(self, video: RunningVideo, chunks: int) -> None:
+        """From here on the texts of the first `chunks` chunks are fixed, for every attempt at them."""
+        async with video.writing:
+            video.issued = max(video.issued, chunks)
+            if video.record.status == "queued":
+                video.update(video.record.model_copy(update={"status": "in_progress"}))
+                event(logger, "started", video.request)
 
     async def _sample(
         self, video: RunningVideo, chunk: Span, index: int, state: Ref | None
     ) -> tuple[Ref, SampleReport]:
         """The state after a chunk, when the video's turn has come."""
-        spec = video.request.spec
+        spec, texts_of = video.request.spec, video.record.spec.mix_of_chunk
         negative = [spec.negative_prompt] if spec.guided else []
-        # Those of a change that comes while the video waits for its turn are there before the change is.
-        for prompt in [*dict(video.record.spec.mix_of_chunk(index)), *negative]:
-            await self.encode(video, prompt, index)
+        # A change that comes while the video waits for its turn has its text encoded before it counts. It is blended
+        # with what was in force before the chunk, which may be another video's.
+        for prompt in [*dict(texts_of(max(0, index - 1))), *dict(texts_of(index)), *negative]:
+            await self._retried(video, index, partial(self._encode, video, prompt))
 
         async def attempt(number: int) -> tuple[Ref, SampleReport]:
             call, asked = video.call(chunk, number), time.time_ns()
@@ -259,13 +289,9 @@ class Maker:
                 now = time.time_ns()
                 self._tracer.start("wait", call.traceparent, start_time=asked).end(now)
                 self._metrics.waited((now - asked) / 1e9)
-                async with video.writing:  # from here on the chunk's texts are fixed, for every attempt at it
-                    video.issued = max(video.issued, index + 1)
+                await self._begin(video, index + 1)
                 mix = dict(video.record.spec.mix_of_chunk(index))
                 texts = [video.texts[prompt] for prompt in [*mix, *negative]]
-                if video.record.status == "queued":
-                    video.update(video.record.model_copy(update={"status": "in_progress"}))
-                    event(logger, "started", video.request)
                 with self._losses(video, "sampler", "sample", call):
                     return await self._graph.sample(call, spec, index, tuple(mix.values()), state, *texts)
 
@@ -313,13 +339,13 @@ class Maker:
             try:
                 return await attempt(number)
             except ReplicaLost as lost:
-                await self._wait_for_retry(video, chunk, lost, "replica_lost")
+                await self._wait_for_retry(video, chunk, lost)
         raise AssertionError("unreachable")
 
-    async def _wait_for_retry(self, video: RunningVideo, chunk: int, error: Lost, reason: str) -> None:
+    async def _wait_for_retry(self, video: RunningVideo, chunk: int, error: Lost) -> None:
         """Returns when the retry may begin. Raises ChunkLost if there was one too many."""
         pause = video.retry(chunk, error)
-        self._metrics.retried(error.part, reason)
+        self._metrics.retried(error.part, _reason(error))
         await asyncio.sleep(pause)
 
     @contextmanager
@@ -330,13 +356,18 @@ class Maker:
             yield
         except Lost as error:
             error.part = part
-            what = "replica lost" if isinstance(error, ReplicaLost) else "input lost"
+            what = _reason(error).replace("_", " ")
             event(logger, what, video.request, logging.WARNING, part=part, attempt=call.attempt, reason=str(error))
             span = self._tracer.start(
                 name, call.traceparent, start_time=began, video_id=call.video_id, attempt=call.attempt, lost=True
             )
             with ending(span):
                 raise
+
+
+def _reason(lost: Lost) -> str:
+    """Of a retry, as the metrics call it."""
+    return "replica_lost" if isinstance(lost, ReplicaLost) else "input_lost"
 
 
 async def _finished(work: Awaitable[T]) -> T:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 
 from deployments.making import NotPossible, first_record
-from deployments.records import Origin, Start, VideoRecord, VideoRequestRecord
-from deployments.store import Store, renamed
+from deployments.records import Origin, Start, StoredObject, VideoRecord, VideoRequestRecord
+from deployments.store import ObjectMissing, Store, renamed
 from helios_core.errors import InvalidInput
 
 
@@ -18,18 +18,21 @@ async def take_over(
     Raises InvalidInput or NotPossible if `source` does not have the chunks or the state that are asked for, and
     ObjectMissing if it is deleted meanwhile.
     """
-    asked = await store.request(source.id)
-    if asked is not None and asked.input is not None:
+    asked = await _request(store, source)
+    if asked.input is not None:
         request = request.model_copy(update={"input": await store.copy(asked.input, request.id, term)})
     new = first_record(request)
-    if origin.chunks == 0:
+    if origin.how == "remix":
         return request, new
     if source.status != "completed":
         raise NotPossible(f"video {source.id} is {source.status}; allowed to {origin.how}: a completed video")
+    if origin.chunks == 0:
+        return request, new
     if origin.chunks > len(source.chunks):
         raise InvalidInput("chunk", origin.chunks, f"0 to {len(source.chunks)}, the end of video {source.id}")
     state = source.chunks[origin.chunks - 1].state
     if not await store.exists(state):
+        await _request(store, source)
         raise NotPossible(
             f"no state of video {source.id} is kept before chunk {origin.chunks}; allowed: chunk 0, or "
             f"{len(source.chunks)}, its end; any chunk if the service keeps all states (keep_states: all)"
@@ -37,7 +40,9 @@ async def take_over(
 
     # A last fragment that was cut is made again, from the state, where the new video goes on beyond it.
     taken = [chunk for chunk in source.chunks[: origin.chunks] if chunk.frames == new.spec.frames_of_chunk(chunk.index)]
-    fragments = await asyncio.gather(*(store.copy(chunk.fragment, new.id, term) for chunk in taken))
+    # All of them are done before an error is told: what fails is cleaned up after, and not at the same time.
+    copies = [store.copy(chunk.fragment, new.id, term) for chunk in taken]
+    fragments = [_result(copied) for copied in await asyncio.gather(*copies, return_exceptions=True)]
     start = Start(copied=len(taken), seen=origin.chunks, state=await store.copy(state, new.id, term))
     changes = {
         "start": start,
@@ -50,3 +55,17 @@ async def take_over(
         ),
     }
     return request, new.model_copy(update=changes)
+
+
+async def _request(store: Store, source: VideoRecord) -> VideoRequestRecord:
+    """What was asked for, of which a deletion takes this first. Raises ObjectMissing."""
+    request = await store.request(source.id)
+    if request is None:
+        raise ObjectMissing(f"video {source.id} was deleted")
+    return request
+
+
+def _result(copied: StoredObject | BaseException) -> StoredObject:
+    if isinstance(copied, BaseException):
+        raise copied
+    return copied

@@ -81,8 +81,8 @@ class Sampler:
 
                 def sample() -> StreamState:
                     before = StreamState.start(spec, self._vae_config) if start is None else start
-                    if 0 < index == spec.seed_from:
-                        before = before.reseeded(spec.seed)
+                    if (seed := dict(spec.reseeds).get(index)) is not None:
+                        before = before.reseeded(seed)
                     after = self._sampler.sample(
                         blend(list(zip(embeddings, weights, strict=False))),
                         before,

@@ -89,7 +89,7 @@ class Fields(BaseModel):
             first = error.errors()[0]
             name = str(first["loc"][0])
             allowed = str(cls.model_fields[name].description)
-            if first["type"] == "missing":
+            if first["type"] == "missing" and len(first["loc"]) == 1:
                 raise InvalidInput(name, None, f"{allowed}; the field is required") from None
             raise InvalidInput(name, first["input"], allowed) from None
 
@@ -231,7 +231,7 @@ def video_object(status: VideoStatus) -> dict[str, Any]:
         "prompt": spec.prompt,
         "remixed_from_video_id": origin.video_id if origin and origin.how == "remix" else None,
         "error": None if status.error is None else status.error.model_dump(),
-        "seed": spec.seed,
+        "seed": spec.reseeds[-1][1] if spec.reseeds else spec.seed,
         "fps": spec.fps,
         "frames": spec.frames,
         "task": spec.task,

@@ -158,6 +158,11 @@ class Store:
         await self._put(f"videos/{_checked(request.id)}/request.json", request.model_dump_json().encode())
         await self._put(f"active/{request.id}", b"")
 
+    async def prepare(self, video_id: str) -> None:
+        """Mark a video active of which something is stored before its request. Until `accept`, a starting Director
+        takes it for a deletion that was interrupted."""
+        await self._put(f"active/{_checked(video_id)}", b"")
+
     async def end(self, video_id: str) -> None:
         """Remove the active marker; nothing happens if there is none."""
         await self._delete([f"active/{_checked(video_id)}"])
@@ -276,7 +281,7 @@ class Store:
         The request goes first and the active marker, set for the purpose, last: an active video without a request is a
         deletion that was interrupted, to be called again.
         """
-        await self._put(f"active/{_checked(video_id)}", b"")
+        await self.prepare(video_id)
         await self._delete([f"videos/{video_id}/request.json"])
         with self._errors():
             listing = await self._run(_list_all, f"videos/{video_id}/")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -68,7 +69,8 @@ class VideoSpec:
     """Everything that decides the frames of one video, besides an input image or video.
 
     Sizes in pixels; `steps`: solver steps per stage; `negative_prompt`: of use only if `guidance_scale` is above 1;
-    `prompts`: changes of the prompt, in order; `seed_from`: the chunk whose noise is the first that `seed` decides.
+    `prompts`: changes of the prompt, in order; `reseeds`: (chunk, seed) of each chunk from which on another seed gives
+    the noise, in order.
     """
 
     prompt: str
@@ -84,7 +86,7 @@ class VideoSpec:
     guidance_scale: float = 1.0
     negative_prompt: str = ""
     prompts: tuple[PromptChange, ...] = ()
-    seed_from: int = 0
+    reseeds: tuple[tuple[int, int], ...] = ()
 
     @property
     def frames(self) -> int:
@@ -113,7 +115,17 @@ class VideoSpec:
     def mix_of_chunk(self, chunk_index: int) -> Mix:
         """The texts that drive a chunk. The j-th of a transition's n chunks has j/n of the new prompt, and for the rest
         what was in force before the change."""
-        return _mix(self.prompt, [change for change in self.prompts if change.chunk <= chunk_index], chunk_index)
+        in_force = {self.prompt: 1.0}
+        begun = [change for change in self.prompts if change.chunk <= chunk_index]
+        for change, after in itertools.zip_longest(begun, begun[1:]):
+            last = chunk_index if after is None else after.chunk - 1  # the chunk whose mix the next change finds
+            share = min(1.0, (last - change.chunk + 1) / change.transition_chunks)
+            if share == 1 or change.chunk == 0:  # before the first chunk nothing is in force
+                in_force = {change.prompt: 1.0}
+                continue
+            in_force = {text: (1 - share) * weight for text, weight in in_force.items()}
+            in_force[change.prompt] = in_force.get(change.prompt, 0.0) + share
+        return tuple(in_force.items())
 
     def changed(self, *changes: PromptChange) -> VideoSpec:
         """This video with changes of the prompt, each in place of one at its very chunk."""
@@ -129,6 +141,9 @@ class VideoSpec:
             most = limits.max_seconds - self.seconds
             raise InvalidInput("seconds", seconds, f"at most {most:g} more, which makes {limits.max_seconds:g} in all")
         longer = dataclasses.replace(self, seconds=self.seconds + seconds)
+        if prompt is not None and longer.chunks <= chunks:
+            rest = (chunks * CHUNK_FRAMES - self.frames) / self.fps
+            raise InvalidInput("seconds", seconds, f"with a prompt more than {rest:g}, so that a chunk begins with it")
         return longer._turning_to(prompt, chunks, transition_chunks, limits)
 
     def fork(
@@ -149,16 +164,18 @@ class VideoSpec:
             raise InvalidInput("chunk", chunk, f"a chunk of the new video: 0 to {forked.chunks - 1}")
         if seed is not None:
             check_seed(seed)
-            forked = dataclasses.replace(forked, seed=seed, seed_from=chunk)
-        if prompt is not None:  # what was to come after is no longer meant
-            kept = tuple(change for change in self.prompts if change.chunk < chunk)
-            forked = dataclasses.replace(forked, prompts=kept)
+            earlier = tuple(reseed for reseed in self.reseeds if reseed[0] < chunk)
+            changes = {"reseeds": (*earlier, (chunk, seed))} if chunk else {"seed": seed, "reseeds": ()}
+            forked = dataclasses.replace(forked, **changes)
+        # With another prompt, what was to come after is no longer meant.
+        end = forked.chunks if prompt is None else chunk
+        forked = dataclasses.replace(forked, prompts=tuple(change for change in self.prompts if change.chunk < end))
         return forked._turning_to(prompt, chunk, transition_chunks, limits)
 
     def remix(self, prompt: str, limits: Limits) -> VideoSpec:
         """This video's settings and seed with another prompt, from the beginning."""
         check_prompt("prompt", prompt, limits)
-        return dataclasses.replace(self, prompt=prompt, prompts=(), seed_from=0)
+        return dataclasses.replace(self, prompt=prompt, prompts=(), reseeds=())
 
     def _turning_to(self, prompt: str | None, chunk: int, transition_chunks: int, limits: Limits) -> VideoSpec:
         if prompt is None:
@@ -166,19 +183,6 @@ class VideoSpec:
         check_prompt("prompt", prompt, limits)
         check_transition("transition_chunks", transition_chunks, limits)
         return self.changed(PromptChange(chunk, prompt, transition_chunks))
-
-
-def _mix(prompt: str, changes: list[PromptChange], chunk: int) -> Mix:
-    """`changes`: those that began at `chunk` or before."""
-    if not changes:
-        return ((prompt, 1.0),)
-    *earlier, last = changes
-    share = min(1.0, (chunk - last.chunk + 1) / last.transition_chunks)
-    if share == 1 or last.chunk == 0:  # before the first chunk nothing is in force
-        return ((last.prompt, 1.0),)
-    weights = {text: (1 - share) * weight for text, weight in _mix(prompt, earlier, last.chunk - 1)}
-    weights[last.prompt] = weights.get(last.prompt, 0.0) + share
-    return tuple(weights.items())
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pytest
 
 from helios_core.config import VARIANTS
 from helios_core.errors import InvalidInput
-from helios_core.spec import MAX_SEED, Limits, ModelCard, VideoRequest, VideoSpec
+from helios_core.spec import MAX_SEED, Limits, ModelCard, PromptAt, PromptChange, VideoRequest, VideoSpec
 
 DISTILLED = next(variant for variant in VARIANTS if variant.name == "distilled")
 CARD = ModelCard("demo", DISTILLED, stages=3, size_multiple=64, default_size=(128, 64))
@@ -178,3 +178,164 @@ def test_only_the_first_chunk_is_amplified(amplify: bool | None, first: tuple[in
 
 def test_long_values_are_cut_in_messages() -> None:
     assert len(str(refusal(size="9" * 5000))) < 200
+
+
+# Prompts on the way
+
+
+def video(chunks: int = 12, *prompts: PromptChange, **fields: Any) -> VideoSpec:
+    return replace(check(seconds=chunks * 33 / 24, **fields), prompts=prompts)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7])
+def test_the_jth_chunk_of_a_transition_has_j_nths_of_the_new_prompt(n: int) -> None:
+    spec = video(12, PromptChange(2, "b", n))
+    for chunk in range(12):
+        j = min(n, max(0, chunk - 1))
+        expected = {"a sea": 1 - j / n, "b": j / n}
+        assert dict(spec.mix_of_chunk(chunk)) == pytest.approx({p: w for p, w in expected.items() if w})
+
+
+def test_a_change_on_the_way_to_another_is_blended_with_what_was_in_force() -> None:
+    spec = video(12, PromptChange(2, "b", 4), PromptChange(4, "c", 2))
+    assert dict(spec.mix_of_chunk(3)) == pytest.approx({"a sea": 0.5, "b": 0.5})
+    assert dict(spec.mix_of_chunk(4)) == pytest.approx({"a sea": 0.25, "b": 0.25, "c": 0.5})
+    assert spec.mix_of_chunk(5) == (("c", 1.0),)
+
+
+def test_a_prompt_that_comes_back_is_named_once() -> None:
+    spec = video(12, PromptChange(1, "b", 2), PromptChange(2, "a sea", 2))
+    assert dict(spec.mix_of_chunk(2)) == pytest.approx({"a sea": 0.75, "b": 0.25})
+    assert spec.mix_of_chunk(3) == (("a sea", 1.0),)
+
+
+def test_nothing_is_in_force_before_the_first_chunk() -> None:
+    spec = video(12, PromptChange(0, "b", 9), PromptChange(1, "c", 2))
+    assert spec.mix_of_chunk(0) == (("b", 1.0),)
+    assert dict(spec.mix_of_chunk(1)) == pytest.approx({"b": 0.5, "c": 0.5})
+
+
+def test_mixes_of_any_timeline() -> None:
+    """Weights are positive and sum to 1, none jumps by more than the part of its transition that a chunk is, and what
+    comes later changes nothing."""
+    rng = random.Random(0)
+    for _ in range(500):
+        chunks = sorted(rng.sample(range(20), rng.randint(0, 8)))
+        changes = [PromptChange(chunk, rng.choice("abcdef"), rng.choice((1, 2, 3, 5, 64))) for chunk in chunks]
+        spec = video(20, *changes)
+        before: dict[str, float] = {}
+        for chunk in range(20):
+            mix = dict(spec.mix_of_chunk(chunk))
+            assert len(mix) == len(spec.mix_of_chunk(chunk))
+            assert sum(mix.values()) == pytest.approx(1) and all(weight > 0 for weight in mix.values())
+            last = max((change for change in changes if change.chunk <= chunk), key=lambda c: c.chunk, default=None)
+            if last is None:
+                assert mix == {"a sea": 1.0}
+            elif chunk:
+                most = 1 / last.transition_chunks + 1e-9
+                for prompt in mix | before:
+                    assert abs(mix.get(prompt, 0) - before.get(prompt, 0)) <= most
+            so_far = replace(spec, prompts=tuple(change for change in changes if change.chunk <= chunk))
+            assert so_far.mix_of_chunk(chunk) == spec.mix_of_chunk(chunk)
+            before = mix
+
+
+def test_a_change_at_every_chunk_of_the_longest_video() -> None:
+    spec = check(seconds=600, fps=60)
+    spec = spec.changed(*(PromptChange(k, f"prompt {k}", 64) for k in range(1, spec.chunks)))
+    mix = spec.mix_of_chunk(spec.chunks - 1)
+    assert spec.chunks == 1091 and sum(weight for _, weight in mix) == pytest.approx(1)
+    assert mix[-1] == (f"prompt {spec.chunks - 1}", 1 / 64)
+
+
+def test_changes_are_in_order_and_one_at_a_chunk() -> None:
+    spec = video(6).changed(PromptChange(4, "b"), PromptChange(1, "c")).changed(PromptChange(4, "d", 1))
+    assert spec.prompts == (PromptChange(1, "c"), PromptChange(4, "d", 1))
+
+
+@pytest.mark.parametrize(
+    ("at", "fps", "chunk"),
+    [(0, 24, 0), (0.01, 24, 1), (1.375, 24, 1), (1.376, 24, 2), (3.3, 30, 3), (2.2, 30, 2), (4.125, 8, 1)],
+)
+def test_a_scheduled_change_takes_effect_at_the_first_chunk_that_starts_then_or_later(
+    at: float, fps: int, chunk: int
+) -> None:
+    spec = check(seconds=20, fps=fps, prompts=(PromptAt(at, "b", 2),))
+    assert spec.prompts == (PromptChange(chunk, "b", 2),)
+    assert spec.first_frame_of_chunk(chunk) / fps >= at - 1e-9
+
+
+# schedule of a video of 4 chunks ▸ words that the error must hold
+BAD_SCHEDULES: list[tuple[tuple[PromptAt, ...], list[str]]] = [
+    ((PromptAt(2, "b"), PromptAt(1, "c")), ["is 1;", "rising order"]),
+    ((PromptAt(1, "b"), PromptAt(1.3, "c")), ["is 1.3;", "apart"]),
+    ((PromptAt(5.5, "b"),), ["5.5", "less than seconds 5.5"]),
+    ((PromptAt(4.2, "b"),), ["4.2", "4.125"]),
+    ((PromptAt(-0.1, "b"),), ["-0.1"]),
+    ((PromptAt(float("nan"), "b"),), ["nan"]),
+    ((PromptAt(1, ""),), ["not empty"]),
+    ((PromptAt(1, "b", 0),), ["transition_chunks from 1 to 64"]),
+    ((PromptAt(1, "b", 65),), ["transition_chunks from 1 to 64"]),
+    (tuple(PromptAt(k / 100, "b") for k in range(65)), ["65 of them", "at most 64"]),
+]
+
+
+@pytest.mark.parametrize(("schedule", "words"), BAD_SCHEDULES)
+def test_bad_schedules(schedule: tuple[PromptAt, ...], words: list[str]) -> None:
+    error = refusal(seconds=5.5, prompts=schedule)
+    assert error.field == "prompts"
+    assert all(word in str(error) for word in words), str(error)
+
+
+# Videos that come from others
+
+SEA = video(4, PromptChange(1, "b"), PromptChange(3, "c"), seed=5)
+
+
+def test_extend() -> None:
+    longer = SEA.extend(1.375, 4, None, 3, Limits())
+    assert longer == replace(SEA, seconds=6.875)
+    turned = SEA.extend(1.375, 4, "d", 2, Limits())
+    assert turned.prompts == (*SEA.prompts, PromptChange(4, "d", 2))
+    cut = replace(SEA, seconds=4.0, prompts=())
+    assert cut.extend(0.125, 3, None, 3, Limits()).chunks == 3
+    with pytest.raises(InvalidInput, match=r"seconds is 0.125; allowed: with a prompt more than 0.125"):
+        cut.extend(0.125, 3, "d", 3, Limits())
+    assert cut.extend(1 / 6, 3, "d", 3, Limits()).chunks == 4
+    with pytest.raises(InvalidInput, match=r"seconds is 595; allowed: at most 594.5 more, which makes 600"):
+        SEA.extend(595, 4, None, 3, Limits())
+
+
+def test_fork() -> None:
+    def forked(chunk: int, prompt: str | None = None, seed: int | None = None, **fields: Any) -> VideoSpec:
+        return SEA.fork(chunk, prompt, 3, seed, fields.get("seconds"), Limits())
+
+    assert forked(0) == forked(3) == SEA
+    assert forked(1, "d").prompts == (PromptChange(1, "d"),)
+    assert forked(2, "d").prompts == (PromptChange(1, "b"), PromptChange(2, "d"))
+    assert forked(1, seconds=4).prompts == (PromptChange(1, "b"),)
+    for chunk in (-1, 4):
+        with pytest.raises(InvalidInput, match=f"chunk is {chunk}; allowed: a chunk of the new video: 0 to 3"):
+            forked(chunk)
+    assert forked(4, seconds=6).seconds == 6
+
+
+def test_each_chunk_of_a_fork_has_its_seed() -> None:
+    def seeded(spec: VideoSpec, chunk: int, seed: int | None) -> VideoSpec:
+        return spec.fork(chunk, None, 3, seed, None, Limits())
+
+    assert (seeded(SEA, 0, 6).seed, seeded(SEA, 0, 6).reseeds) == (6, ())
+    twice = seeded(seeded(SEA, 1, 6), 3, 7)
+    assert (twice.seed, twice.reseeds) == (5, ((1, 6), (3, 7)))
+    assert seeded(twice, 2, 8).reseeds == ((1, 6), (2, 8))
+    assert seeded(twice, 1, 8).reseeds == ((1, 8),)
+    assert seeded(twice, 0, 8) == replace(SEA, seed=8)
+    for chunk in range(4):
+        assert seeded(twice, chunk, None) == twice, "the same noise again"
+    with pytest.raises(InvalidInput, match="seed is -1"):
+        seeded(SEA, 1, -1)
+
+
+def test_remix() -> None:
+    assert SEA.remix("d", Limits()) == replace(SEA, prompt="d", prompts=())
+    assert SEA.fork(1, None, 3, 6, None, Limits()).remix("d", Limits()).reseeds == ()

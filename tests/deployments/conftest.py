@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,11 +49,20 @@ class LocalService:
 @pytest.fixture
 async def service(tmp_path: Path) -> AsyncIterator[LocalService]:
     """Director, store, replicas and HTTP in this process, on the demo checkpoint."""
-    config = AppConfig(store=str(tmp_path / "store"))
+    async with serving(tmp_path) as service:
+        yield service
+
+
+@asynccontextmanager
+async def serving(folder: Path, *models: str, keep_all_states: bool = False) -> AsyncIterator[LocalService]:
+    """A service in this process with these models, or with the demo checkpoint alone."""
+    config = AppConfig(store=str(folder / "store"))
+    if models:
+        config = config.override(models=[{"model": model} for model in models])
     store = ReadStore(config.store)
     graph = GatedGraph(config)
-    director = await Director.start(graph, store, Tracer("director"))
-    trace_file = tmp_path / "spans"
+    director = await Director.start(graph, store, Tracer("director"), keep_all_states)
+    trace_file = folder / "spans"
     tracer = Tracer("ingress", str(trace_file))
     app = http_app(config, [Checkpoint.open(each.model).card for each in config.models], director, store, tracer)
     # Errors must become answers: a server that raised would fail the test here.

@@ -216,7 +216,10 @@ def test_folders_that_do_not_exist(helios: Run, model: str) -> None:
 # name ▸ (the file, words that the message must hold beside the file's name)
 BAD_CONFIG: dict[str, tuple[str, list[str]]] = {
     "unknown key": ("modle: demo", ["modle is 'demo'", "not permitted"]),
-    "unknown key in a pool": ("models: [{sampler: {num_replicas: 2}}]", ["models.0.sampler.num_replicas is 2", "not permitted"]),
+    "unknown key in a pool": (
+        "models: [{sampler: {num_replicas: 2}}]",
+        ["models.0.sampler.num_replicas is 2", "not permitted"],
+    ),
     "unknown key in the limits": ("limits: {max_sides: 640}", ["limits.max_sides is 640"]),
     "text for a number": ("port: '8000'", ["port is '8000'", "integer"]),
     "text for a limit": ("limits: {max_side: '640'}", ["limits.max_side is '640'", "integer"]),

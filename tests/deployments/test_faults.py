@@ -98,9 +98,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         torch_threads=1,
         trace_file=str(folder / "spans.jsonl"),
     ).override(
-        models=[
-            {"sampler": {"min_replicas": SAMPLERS, "max_replicas": SAMPLERS, "min_chunk_seconds": CHUNK_SECONDS}}
-        ],
+        models=[{"sampler": {"min_replicas": SAMPLERS, "max_replicas": SAMPLERS, "min_chunk_seconds": CHUNK_SECONDS}}],
     )
     limits = httpx.Limits(max_connections=None)
     with run_service(config) as url, httpx.Client(base_url=url, timeout=120, limits=limits) as http:

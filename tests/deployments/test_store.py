@@ -19,7 +19,15 @@ from deployments.records import (
     VideoRecord,
     VideoRequestRecord,
 )
-from deployments.store import ObjectMissing, Store, StoreInUse, StoreUnavailable, is_video_id, new_video_id
+from deployments.store import (
+    ObjectMissing,
+    Store,
+    StoreInUse,
+    StoreUnavailable,
+    is_video_id,
+    new_video_id,
+    renamed,
+)
 from helios_core.errors import InvalidInput
 from helios_core.spec import VideoSpec
 
@@ -202,6 +210,80 @@ async def test_states_stay_when_a_newer_term_leads(store: Store) -> None:
     assert await store.read(chunks[0].state.key) == b"state 1 of term 1"
 
 
+async def test_an_ended_video_keeps_what_its_record_names(store: Store, folder: Path) -> None:
+    term = await store.claim_term()
+    chunks = [await render(store, k, term) for k in range(3)]
+    await store.put_fragment(ID, 3, term, b"rendered, and never committed")
+    await store.put_state(ID, 4, term, b"rendered, and never committed")
+    await store.put_fragment(ID, 1, 7, b"left by another term")
+
+    def names(kind: str) -> list[str]:
+        return sorted(path.name for path in folder.joinpath("videos", ID, kind).iterdir())
+
+    await store.sweep(record(*chunks), term, all_states=True)
+    assert names("states") == [f"0000{k}.t1.safetensors" for k in (1, 2, 3)]
+    await store.sweep(record(*chunks), term)
+    assert (names("chunks"), names("states")) == (
+        [f"0000{k}.t1.m4s" for k in range(3)],
+        ["00003.t1.safetensors"],
+    )
+    await store.claim_term()
+    await store.sweep(record(), term)  # its Director leads no more
+    assert names("chunks")
+
+
+# Copies
+
+OTHER = "video_0193f0a1b2c4" + "0123456789abcdef0123"
+
+
+async def test_a_copy_is_the_same_object_under_another_video(store: Store, folder: Path, tmp_path: Path) -> None:
+    """Under the term that copies it, where a name has one."""
+    tmp_path.joinpath("upload").write_bytes(b"an image")
+    items = {
+        await store.put_fragment(ID, 7, 3, b"fragment"): "chunks/00007.t12.m4s",
+        await store.put_state(ID, 8, 3, b"state"): "states/00008.t12.safetensors",
+        await store.put_init(ID, b"init"): "init.mp4",
+        await store.put_thumbnail(ID, b"jpeg"): "thumbnail.jpg",
+        await store.put_input(ID, tmp_path / "upload"): "input",
+    }
+    for item, name in items.items():
+        copied = await store.copy(item, OTHER, 12)
+        assert copied == item.model_copy(update={"key": f"videos/{OTHER}/{name}"}) == renamed(item, OTHER, 12)
+        assert await store.exists(copied)
+    await store.delete(ID)
+    for item in items:
+        assert not await store.exists(item)
+        data = await store.read(renamed(item, OTHER, 12).key)
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (item.bytes, item.sha256)
+    assert keys_on_disk(folder) == sorted(f"videos/{OTHER}/{name}" for name in items.values())
+
+
+async def test_a_copy_does_not_change_with_its_source(store: Store) -> None:
+    copied = await store.copy(await store.put_init(ID, b"before"), OTHER, 1)
+    await store.put_init(ID, b"after")
+    assert await store.read(copied.key) == b"before"
+    await store.put_init(OTHER, b"new")
+    assert await store.read(f"videos/{ID}/init.mp4") == b"after"
+
+
+async def test_what_is_not_there_cannot_be_copied(store: Store, folder: Path) -> None:
+    item = await store.put_init(ID, b"init")
+    await store.delete(ID)
+    with pytest.raises(ObjectMissing, match=f"there is no videos/{ID}/init.mp4"):
+        await store.copy(item, OTHER, 1)
+    with pytest.raises(InvalidInput):
+        await store.copy(item, "../x", 1)
+    assert keys_on_disk(folder) == [] and not await store.has(OTHER)
+
+
+async def test_a_video_that_is_prepared_is_active_and_has_no_request(store: Store) -> None:
+    await store.prepare(ID)
+    assert (await store.active(), await store.request(ID)) == ([ID], None)
+    await store.accept(request())
+    assert await store.active() == [ID]
+
+
 async def test_files_of_strangers_are_not_taken_for_ours(store: Store, folder: Path) -> None:
     term = await store.claim_term()
     await store.accept(request())
@@ -292,6 +374,12 @@ async def test_a_text_that_is_no_id_never_reaches_a_path(store: Store, folder: P
         store.put_fragment(text, 0, 1, b""),
         store.put_state(text, 1, 1, b""),
         store.put_text(text, "5f", b""),
+        store.put_thumbnail(text, b""),
+        store.put_input(text, folder),
+        store.prepare(text),
+        store.copy(StoredObject(key=f"videos/{ID}/init.mp4", bytes=0, sha256=""), text, 1),
+        store.sweep(record().model_copy(update={"id": text}), 0),
+        store.has(text),
     ):
         with pytest.raises(InvalidInput, match=r"^id is "):
             await call
