@@ -140,7 +140,7 @@ def _json_object(data: bytes) -> dict[str, Any]:
 def _nested(texts: Iterable[tuple[str, str]]) -> dict[str, Any]:
     """Flattened names put together again: `a[]` is a list, `a[b]` an object, `a[][b]` a list of objects.
 
-    Raises InvalidInput for a name that is there twice.
+    Raises InvalidInput for a name that is there twice, and for objects of a list that differ in their names.
     """
     fields: dict[str, Any] = {}
     for name, text in texts:
@@ -148,6 +148,10 @@ def _nested(texts: Iterable[tuple[str, str]]) -> dict[str, Any]:
         path = [name] if match is None else [match[1], *re.findall(r"\[([^\[\]]*)\]", match[2])]
         if not _put(fields, path, text):
             raise InvalidInput(name[:80], text, "each field once")
+    for name, value in fields.items():
+        # Which object lacks a name cannot be told.
+        if isinstance(value, list) and len({frozenset(item) for item in value if isinstance(item, dict)}) > 1:
+            raise InvalidInput(name[:80], "objects with different names", "the same names in each, or one JSON text")
     return fields
 
 
@@ -167,8 +171,9 @@ def _put(into: dict[str, Any], path: list[str], text: str) -> bool:
     if not rest[1:]:
         items.append(text)
         return True
-    # An object in a list: it goes on until one of its names comes again.
-    if not items or not isinstance(items[-1], dict) or not _put(items[-1], rest[1:], text):
-        items.append({})
-        return _put(items[-1], rest[1:], text)
-    return True
+    # The n-th value of a name is the n-th object's: OpenAI's client sends all values of a name together, others one
+    # object after the other.
+    if any(isinstance(item, dict) and _put(item, rest[1:], text) for item in items):
+        return True
+    items.append({})
+    return _put(items[-1], rest[1:], text)

@@ -16,6 +16,7 @@ from deployments.store import StoreUnavailable
 from helios_core.errors import HeliosError, InvalidInput
 
 RETRY = {"Retry-After": "5"}  # seconds
+FINAL = {"x-should-retry": "false"}  # OpenAI's client asks again after a 409 unless told that it will not help
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,8 @@ def install_error_handlers(app: FastAPI) -> None:
         param = error.field if isinstance(error, InvalidInput) else getattr(error, "param", None)
         logger.info("refused", extra={"status": status, "code": error.code, "param": param})
         body = error_object(str(error), status, param, error.code)
-        return JSONResponse(body, status, RETRY if status == 503 else getattr(error, "headers", None))
+        headers = {409: FINAL, 503: RETRY}.get(status, getattr(error, "headers", None))
+        return JSONResponse(body, status, headers)
 
     @app.exception_handler(ReplicaLost)
     @app.exception_handler(RayServeException)

@@ -104,13 +104,8 @@ SCHEDULE = [
 @pytest.mark.parametrize(
     "sent",
     [
-        [
-            ("prompts[][at_seconds]", "1"),
-            ("prompts[][prompt]", "b"),
-            ("prompts[][prompt]", "c"),
-            ("prompts[][at_seconds]", "2.5"),
-            ("prompts[][transition_chunks]", "2"),
-        ],
+        [(f"prompts[][{name}]", str(value)) for each in SCHEDULE for name, value in each.items()],
+        [(f"prompts[][{name}]", str(each[name])) for name in SCHEDULE[0] for each in SCHEDULE],  # as OpenAI's client
         [("prompts", json.dumps([{**SCHEDULE[0]}, SCHEDULE[1]]))],
         [("prompts", ",".join(map(json.dumps, SCHEDULE)))],
     ],
@@ -175,6 +170,12 @@ WRONG: list[tuple[type[Fields], list[tuple[str, str]], str, list[str]]] = [
     (CreateVideo, [("prompt", "a"), ("steps", "[" * 900)], "steps", ["a list of whole numbers"]),
     (CreateVideo, [("prompt", "a"), ("prompts", '{"a": 1}')], "prompts", ["at_seconds"]),
     (CreateVideo, [("prompt", "a"), ("prompts[][at_seconds]", "soon")], "prompts", ["soon", "at_seconds"]),
+    (
+        CreateVideo,
+        [("prompt", "a"), ("prompts[][at_seconds]", "1"), ("prompts[][at_seconds]", "2"), ("prompts[][prompt]", "b")],
+        "prompts",
+        ["different names", "JSON"],
+    ),
     (CreateVideo, [("prompt", "a"), ("prompts[][when]", "1")], "prompts", ["at_seconds"]),
     (CreateVideo, [("prompt", "a"), ("a[][b][c][d]", "1")], "a", ["one of prompt"]),
     (CreateVideo, [("prompt", "a"), ("a[b][c][d][e][f]", "1")], "a[b][c][d][e][f]", ["one of prompt"]),

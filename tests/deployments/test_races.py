@@ -909,7 +909,7 @@ RACES = {
     "a chunk is made from a stored state": 2,
     "a fragment is made from a stored state": 2,
     "the store failed a copy": 3,
-    "the source was deleted meanwhile": 2,
+    "the source was deleted meanwhile": 1,
     **{how: 5 for how in ("extend", "fork", "remix")},
     **{f"changed while {part} is under way": 2 for part in PARTS},
     "changed while it waits for its turn": 5,
