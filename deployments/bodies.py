@@ -54,6 +54,15 @@ class Body:
         return self.files[name][0] if name in self.files else None
 
 
+class _Parser(MultiPartParser):
+    """Also tells whether the boundary came that ends a form."""
+
+    ended = False
+
+    def on_end(self) -> None:
+        self.ended = True
+
+
 @asynccontextmanager
 async def read_body(request: Request, max_bytes: int, max_upload_bytes: int = 0) -> AsyncIterator[Body]:
     """The body of a request; its files are there until the block ends.
@@ -68,7 +77,7 @@ async def read_body(request: Request, max_bytes: int, max_upload_bytes: int = 0)
         parts = _bounded(request, max_bytes + max_upload_bytes)
         # The parser would guess at bytes that are not in the charset; of Latin-1 it gives every byte back.
         headers = Headers({"content-type": f"{request.headers['content-type']}; charset=latin-1"})
-        parser = MultiPartParser(headers, parts, max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=max_bytes)
+        parser = _Parser(headers, parts, max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=max_bytes)
         try:
             form = await parser.parse()
         except MultiPartException as error:
@@ -76,6 +85,8 @@ async def read_body(request: Request, max_bytes: int, max_upload_bytes: int = 0)
                 raise _too_large(max_bytes) from None
             raise RequestError(400, "invalid_form", f"the body is no form: {error.message}") from None
         try:
+            if not parser.ended:  # a part that was cut off would be left out
+                raise RequestError(400, "invalid_form", "the body is no form: it ends before its last boundary")
             texts: list[tuple[str, str]] = []
             files: dict[str, list[UploadFile]] = {}
             for name, value in form.multi_items():

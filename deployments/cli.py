@@ -117,6 +117,8 @@ def generate(
         "negative_prompt": negative_prompt,
         "prompts": tuple(parse_prompt_at(text) for text in prompt_at or ()),
     }
+    if image is not None and video is not None:
+        raise InvalidInput("video", str(video), "an image or a video, not both")
     for option, path in (("image", image), ("video", video)):
         if path is not None and not path.is_file():
             raise InvalidInput(option, str(path), "a file")

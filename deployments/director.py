@@ -349,7 +349,8 @@ class Director:
         gc.collect()
 
     async def _end(self, video: RunningVideo, status: Status, error: VideoError | None) -> None:
-        self._turns[video.request.spec.model].forget(video.request.id)
+        if turns := self._turns.get(video.request.spec.model):
+            turns.forget(video.request.id)
         if video.unwatched is not None:
             video.unwatched.cancel()
         changes = {"status": status, "error": error, "completed_at": time.time()}

@@ -73,7 +73,8 @@ class Drafts:
             upload = body.file("video")
             if (upload is None) == (fields.video is None):
                 raise InvalidInput("video", None if upload is None else "both", "a file, or the id of a video as {id}")
-            self._spec(fields, VIDEO_TO_VIDEO)
+            longest = {} if "seconds" in fields.model_fields_set else {"seconds": self._config.limits.max_seconds}
+            self._spec(fields.model_copy(update=longest), VIDEO_TO_VIDEO)
             if upload is not None:
                 async with on_disk(upload) as path:
                     return await self._with_input(fields, "video", path, video_id)
@@ -85,7 +86,7 @@ class Drafts:
     async def extended(self, request: Request, _: str, source_id: str) -> Draft:
         async with self._body(request) as body:
             more = body.parse(ExtendVideo)
-        source = await self._completed(source_id)
+        source = await self._source(source_id, "completed")
         chunks = source.usage.chunks
         spec = source.spec.extend(more.seconds, chunks, more.prompt, more.transition_chunks, self._config.limits)
         return Draft(spec, origin=Origin(how="extend", video_id=source_id, chunks=chunks))
@@ -93,7 +94,7 @@ class Drafts:
     async def forked(self, request: Request, _: str, source_id: str) -> Draft:
         async with self._body(request) as body:
             other = body.parse(ForkVideo)
-        source = await self._completed(source_id)
+        source = await self._source(source_id, "completed")
         spec = source.spec.fork(
             other.chunk, other.prompt, other.transition_chunks, other.seed, other.seconds, self._config.limits
         )
@@ -102,7 +103,7 @@ class Drafts:
     async def remixed(self, request: Request, _: str, source_id: str) -> Draft:
         async with self._body(request) as body:
             other = body.parse(RemixVideo)
-        source = await self._status(source_id)
+        source = await self._source(source_id)
         spec = source.spec.remix(other.prompt, self._config.limits)
         return Draft(spec, origin=Origin(how="remix", video_id=source_id))
 
@@ -117,9 +118,13 @@ class Drafts:
 
     async def _with_input(self, fields: CreateVideo, name: str, path: Path, video_id: str) -> Draft:
         """A video from the file at `path`, which came as the field `name`: probed, and stored with the video."""
+        limits = self._config.uploads
+        if (await asyncio.to_thread(path.stat)).st_size > limits.max_bytes:
+            message = f"{name} is too large; allowed: {limits.max_bytes} bytes"
+            raise RequestError(413, "body_too_large", message, name)
         try:
             async with self._probing:
-                info = await probe(path, self._config.uploads.media_limits())
+                info = await probe(path, limits.media_limits())
         except InvalidInput as error:
             raise RequestError(400, error.code, str(InvalidInput(name, error.value, error.allowed)), name) from None
         task = IMAGE_TO_VIDEO if info.kind == "image" else VIDEO_TO_VIDEO
@@ -129,17 +134,24 @@ class Drafts:
             if "seconds" not in fields.model_fields_set:  # as long as what it comes from
                 fields = fields.model_copy(update={"seconds": min(info.seconds, self._config.limits.max_seconds)})
         spec = self._spec(fields, task)
+        await self._store.prepare(video_id)  # an ingress that dies before the video is accepted leaves it to be removed
         return Draft(spec, input=await self._store.put_input(video_id, path))
 
-    async def _completed(self, video_id: str) -> VideoStatus:
+    async def _source(self, video_id: str, needed: str | None = None) -> VideoStatus:
+        """How a video stands that a new one shall come from; `needed`: the status that it must have."""
         status = await self._status(video_id)
-        if status.status != "completed":
-            raise NotPossible(f"video {video_id} is {status.status}; allowed: a completed video")
+        if needed is not None and status.status != needed:
+            raise NotPossible(f"video {video_id} is {status.status}; allowed: a {needed} video")
+        if status.spec.model not in self._models:
+            served = ", ".join(self._models)
+            raise NotPossible(f"video {video_id} is of the model {status.spec.model}; allowed: one of {served}")
         return status
 
     async def _write_finished(self, video_id: str, path: Path) -> None:
         """Puts a finished video's file together."""
-        await self._completed(video_id)
+        status = await self._status(video_id)
+        if status.status != "completed":
+            raise NotPossible(f"video {video_id} is {status.status}; allowed: a completed video")
         record = await self._store.record(video_id)
         if record is None:
             raise NoSuchVideo(video_id)

@@ -42,6 +42,7 @@ Ref = Any  # to a value that lives elsewhere: an ObjectRef in the service
 # Seconds before each retry of a chunk. There are three: what takes a fourth replica with it is more likely the cause
 # than a victim.
 RETRY_AFTER_S = (0.0, 1.0, 3.0)
+MOST_TEXTS = 128  # prompts of one video, whose embeddings are held until it ends: up to 4 MB each
 
 
 class Lost(Exception):
@@ -111,6 +112,12 @@ class TextLost(HeliosError):
     """A change of the prompt could not be made because replicas died over its text again and again."""
 
     code = "unavailable"
+
+
+class EncoderChanged(HeliosError):
+    """A video cannot go on, because another version of the encoder made its first fragments."""
+
+    code = "encoder_changed"
 
 
 class NotPossible(HeliosError):
@@ -240,6 +247,10 @@ class Maker:
         """Commits a change of the prompt with the next chunk whose texts are not fixed yet. Raises NotPossible, or
         TextLost."""
         self._check_changeable(video)
+        if prompt not in video.stored_texts and len(video.stored_texts) >= MOST_TEXTS:
+            raise NotPossible(
+                f"video {video.request.id} had {MOST_TEXTS} prompts; allowed: one of them, or another video"
+            )
         await self._encode_change(video, prompt)
         async with video.writing:
             self._check_changeable(video)
@@ -317,7 +328,7 @@ class Maker:
             if chunk.index != len(record.chunks):
                 raise RuntimeError(f"video {record.id}: chunk {chunk.index} came when {len(record.chunks)} was due")
             if record.init is not None and record.init.sha256 != rendered.init.sha256:
-                raise RuntimeError(f"video {record.id}: chunk {chunk.index} has another init segment than chunk 0")
+                raise EncoderChanged(f"chunk {chunk.index} has another init segment than the chunks before it")
             thumbnail = rendered.thumbnail or record.thumbnail
             committed = record.model_copy(
                 update={"init": rendered.init, "thumbnail": thumbnail, "chunks": (*record.chunks, chunk)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from deployments.making import NotPossible, first_record
-from deployments.records import Origin, Start, StoredObject, VideoRecord, VideoRequestRecord
+from deployments.records import Origin, Start, VideoRecord, VideoRequestRecord
 from deployments.store import ObjectMissing, Store, renamed
 from helios_core.errors import InvalidInput
 
@@ -31,7 +31,8 @@ async def take_over(
     if origin.chunks > len(source.chunks):
         raise InvalidInput("chunk", origin.chunks, f"0 to {len(source.chunks)}, the end of video {source.id}")
     state = source.chunks[origin.chunks - 1].state
-    if not await store.exists(state):
+    kept = await store.states(source.id)
+    if state.key not in kept:
         await _request(store, source)
         raise NotPossible(
             f"no state of video {source.id} is kept before chunk {origin.chunks}; allowed: chunk 0, or "
@@ -41,17 +42,25 @@ async def take_over(
     # A last fragment that was cut is made again, from the state, where the new video goes on beyond it.
     taken = [chunk for chunk in source.chunks[: origin.chunks] if chunk.frames == new.spec.frames_of_chunk(chunk.index)]
     # All of them are done before an error is told: what fails is cleaned up after, and not at the same time.
-    copies = [store.copy(chunk.fragment, new.id, term) for chunk in taken]
-    fragments = [_result(copied) for copied in await asyncio.gather(*copies, return_exceptions=True)]
-    start = Start(copied=len(taken), seen=origin.chunks, state=await store.copy(state, new.id, term))
+    objects = [chunk.fragment for chunk in taken]
+    objects += [chunk.state for chunk in source.chunks[: origin.chunks] if chunk.state.key in kept]
+    copies = await asyncio.gather(*(store.copy(item, new.id, term) for item in objects), return_exceptions=True)
+    if lost := next((copied for copied in copies if isinstance(copied, BaseException)), None):
+        raise lost
+    start = Start(copied=len(taken), seen=origin.chunks, state=renamed(state, new.id, term))
     changes = {
         "start": start,
         "init": None if source.init is None else await store.copy(source.init, new.id, term),
         "thumbnail": None if source.thumbnail is None else await store.copy(source.thumbnail, new.id, term),
-        # Of their states only the one to go on from is copied: the others' names lead nowhere.
+        # As a rule only the last state is kept: the others' names lead nowhere.
         "chunks": tuple(
-            chunk.model_copy(update={"fragment": fragment, "state": renamed(chunk.state, new.id, term)})
-            for chunk, fragment in zip(taken, fragments, strict=True)
+            chunk.model_copy(
+                update={
+                    "fragment": renamed(chunk.fragment, new.id, term),
+                    "state": renamed(chunk.state, new.id, term),
+                }
+            )
+            for chunk in taken
         ),
     }
     return request, new.model_copy(update=changes)
@@ -63,9 +72,3 @@ async def _request(store: Store, source: VideoRecord) -> VideoRequestRecord:
     if request is None:
         raise ObjectMissing(f"video {source.id} was deleted")
     return request
-
-
-def _result(copied: StoredObject | BaseException) -> StoredObject:
-    if isinstance(copied, BaseException):
-        raise copied
-    return copied

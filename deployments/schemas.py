@@ -54,6 +54,14 @@ def _list_in_text(value: object) -> object:
         return value
 
 
+def _object_in_text(value: object) -> object:
+    """An object as one text: JSON."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
+
+
 def _number_in_text(value: object) -> object:
     """OpenAI's clients send seconds as text."""
     if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,20}(\.[0-9]{1,20})?", value):
@@ -160,7 +168,14 @@ class CreateVideo(Fields):
 class EditVideo(CreateVideo):
     """The body of POST /v1/videos/edits and POST /v1/videos/extensions, besides the file `video`."""
 
-    video: VideoReference | None = Field(None, description="a file, or the id of a video as {id}")
+    rival_names = {
+        **RIVAL_NAMES,
+        **{name: "video, as a file or {id}" for name, own in RIVAL_NAMES.items() if own == NO_URLS},
+    }
+
+    video: Annotated[VideoReference | None, BeforeValidator(_object_in_text)] = Field(
+        None, description="a file, or the id of a video as {id}"
+    )
 
 
 class ChangePrompt(Fields):
@@ -231,7 +246,8 @@ def video_object(status: VideoStatus) -> dict[str, Any]:
         "prompt": spec.prompt,
         "remixed_from_video_id": origin.video_id if origin and origin.how == "remix" else None,
         "error": None if status.error is None else status.error.model_dump(),
-        "seed": spec.reseeds[-1][1] if spec.reseeds else spec.seed,
+        "seed": spec.seed,
+        "reseeds": [{"chunk": chunk, "seed": seed} for chunk, seed in spec.reseeds],
         "fps": spec.fps,
         "frames": spec.frames,
         "task": spec.task,
@@ -296,6 +312,7 @@ def model_object(card: ModelCard, config: AppConfig) -> dict[str, Any]:
             "seconds": limits.max_seconds,
             "prompt_bytes": limits.max_prompt_bytes,
             "prompts": limits.max_prompts,
+            "transition_chunks": limits.max_transition_chunks,
             "steps_per_stage": limits.max_steps_per_stage,
             "guidance_scale": 1 if variant.is_distilled else limits.max_guidance_scale,
             "upload_bytes": config.uploads.max_bytes,

@@ -230,9 +230,10 @@ class Store:
         """The embeddings of a prompt. `digest`: hex, names their content."""
         return await self._put(f"videos/{_checked(video_id)}/texts/{digest}.safetensors", data)
 
-    async def exists(self, item: StoredObject) -> bool:
-        """Whether an object is there."""
-        return PurePosixPath(item.key).name in await self._names(str(PurePosixPath(item.key).parent))
+    async def states(self, video_id: str) -> set[str]:
+        """The keys of the states that are kept of a video."""
+        folder = f"videos/{_checked(video_id)}/states"
+        return {f"{folder}/{name}" for name in await self._names(folder)}
 
     async def copy(self, item: StoredObject, video_id: str, term: int) -> StoredObject:
         """The same object under another video, as `term` made it; its bytes do not pass through here.

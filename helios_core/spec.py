@@ -182,6 +182,8 @@ class VideoSpec:
             return self
         check_prompt("prompt", prompt, limits)
         check_transition("transition_chunks", transition_chunks, limits)
+        if chunk == 0:
+            return dataclasses.replace(self, prompt=prompt, prompts=())
         return self.changed(PromptChange(chunk, prompt, transition_chunks))
 
 

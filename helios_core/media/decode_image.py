@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -40,7 +41,13 @@ _BASE_DATA = 20 * MiB  # what Python and Pillow hold before that
 _MOST_SCANS = 100
 
 # What Pillow raises over broken files.
-_PILLOW_ERRORS = (OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, struct.error, zlib.error)
+_PILLOW_ERRORS = (
+    *(OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, AssertionError),
+    *(struct.error, zlib.error),
+)
+
+# A JPEG's marker, other than those inside a scan's data.
+_MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,8 @@ class _Header:
 def probe(upload: Upload) -> MediaInfo:
     header = _image_header(upload)
     if header.width * header.height * _DECODE_BYTES[header.decoding] <= upload.limits.probe_data - _BASE_DATA:
-        _decode_image(upload, at_least=(1, 1))
+        with _decoded(upload, (1, 1)) as picture:
+            fit(picture.crop((0, 0, 1, 1)), (1, 1), header.orientation)  # over a broken palette this fails, not before
     elif upload.format == "png":
         with _pillow(upload) as picture:
             picture.verify()
@@ -66,8 +74,8 @@ def probe(upload: Upload) -> MediaInfo:
 
 def read(upload: Upload, size: tuple[int, int]) -> bytes:
     header = _image_header(upload)
-    picture = _decode_image(upload, at_least=(2 * max(size), 2 * max(size)))
-    return fit(picture, size, header.orientation)
+    with _decoded(upload, (2 * max(size), 2 * max(size))) as picture:
+        return fit(picture, size, header.orientation)
 
 
 def _image_header(upload: Upload) -> _Header:
@@ -82,10 +90,10 @@ def _image_header(upload: Upload) -> _Header:
             exif = picture.info.get("exif", b"")
             decoding = "progressive jpeg" if picture.info.get("progressive") else upload.format
     if upload.format == "jpeg":
-        upload.file.seek(0)
-        scans = upload.file.read().count(b"\xff\xda")
-        if scans > _MOST_SCANS:
-            raise InvalidInput(FIELD, f"an image (jpeg) of {scans} scans", f"at most {_MOST_SCANS} scans")
+        if _scans(upload.file) > _MOST_SCANS:
+            raise InvalidInput(
+                FIELD, f"an image (jpeg) of more than {_MOST_SCANS} scans", f"at most {_MOST_SCANS} scans"
+            )
     if animated:
         raise InvalidInput(FIELD, f"an animated image ({upload.format})", "an image of one picture")
     side, pixels = upload.limits.max_side, upload.limits.max_pixels
@@ -93,6 +101,20 @@ def _image_header(upload: Upload) -> _Header:
         allowed = f"sides from 1 to {side} pixels, at most {pixels} pixels in all"
         raise InvalidInput(FIELD, f"an image of {width}x{height} pixels", allowed)
     return _Header(width, height, _orientation(exif), decoding)
+
+
+def _scans(file: BinaryIO) -> int:
+    """How many scans a JPEG has, at most one more than allowed. What phones put behind the image is no part of it."""
+    file.seek(0)
+    data = file.read()
+    scans, position = 0, 2
+    while scans <= _MOST_SCANS and (marker := _MARKER.search(data, position)):
+        code, position = data[marker.end() - 1], marker.end()
+        if code == 0xD9:  # the end
+            break
+        scans += code == 0xDA
+        position += int.from_bytes(data[position : position + 2])  # a segment, of a scan its header
+    return scans
 
 
 def _webp_header(file: BinaryIO) -> tuple[int, int, bool, bytes]:
@@ -137,12 +159,13 @@ def _pillow(upload: Upload) -> Iterator[Image.Image]:
         raise damaged(f"an image ({upload.format}) that cannot be decoded: {error}") from error
 
 
-def _decode_image(upload: Upload, at_least: tuple[int, int]) -> Image.Image:
+@contextmanager
+def _decoded(upload: Upload, at_least: tuple[int, int]) -> Iterator[Image.Image]:
     """The picture. A JPEG comes at 1/2, 1/4 or 1/8 of its size if it then still is `at_least` so large: far cheaper."""
     with _pillow(upload) as picture:
         picture.draft(picture.mode, at_least)
         picture.load()
-        return picture
+        yield picture
 
 
 def _orientation(exif: bytes) -> int:

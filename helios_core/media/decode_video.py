@@ -110,8 +110,8 @@ def _opened_video(upload: Upload) -> Iterator[tuple[av.container.InputContainer,
             decoder.options = codec_options
             _check_video(limits, stream.frames, (container.duration or 0) / 1e6, decoder.width, decoder.height)
             yield container, stream
-    except (av.FFmpegError, OSError) as error:  # OSError: a seek to before the beginning
-        raise damaged(f"a video ({format}) that cannot be decoded: {error.strerror}") from error
+    except (av.FFmpegError, OSError, ValueError, ArithmeticError, TypeError) as error:  # PyAV's, over odd numbers
+        raise damaged(f"a video ({format}) that cannot be decoded: {error}") from error
 
 
 def _check_webm_is_whole(file: BinaryIO) -> None:

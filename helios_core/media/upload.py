@@ -32,7 +32,7 @@ class MediaLimits:
     max_video_frames: int = 60 * 120
     probe_seconds: float = 5.0
     probe_data: int = 110 * MiB
-    read_seconds: float = 60.0
+    read_seconds: float = 300.0
     read_data: int = 1024 * MiB
 
     def shares(self, task: str) -> tuple[float, int]:

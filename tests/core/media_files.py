@@ -43,18 +43,29 @@ def oriented(orientation: int, format: str = "JPEG", picture: Image.Image | None
     return image(format, picture, exif=exif.tobytes(), quality=100)
 
 
-def png(width: int, height: int, bits: int = 1, colour: int = 0, pixels: bytes | None = None) -> bytes:
-    """A PNG written by hand, black unless `pixels` (its filtered rows) says otherwise."""
+def png(
+    width: int,
+    height: int,
+    bits: int = 1,
+    colour: int = 0,
+    pixels: bytes | None = None,
+    more: Sequence[tuple[bytes, bytes]] = (),
+) -> bytes:
+    """A PNG written by hand, black unless `pixels` (its filtered rows) says otherwise. `more`: chunks before them."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
     if pixels is None:
-        samples = {0: 1, 2: 3, 6: 4}[colour]
+        samples = {0: 1, 2: 3, 3: 1, 6: 4}[colour]
         pixels = bytes(height * (1 + (width * bits * samples + 7) // 8))
     header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
     return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(pixels, 1)) + chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + b"".join(chunk(name, data) for name, data in more)
+        + chunk(b"IDAT", zlib.compress(pixels, 1))
+        + chunk(b"IEND", b"")
     )
 
 

@@ -355,7 +355,11 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: b"RIFF" + (4 + 8 * 10**6).to_bytes(4, "little") + b"WEBP" + b"JUNK\0\0\0\0" * 10**6,
         "an image of 0x0 pixels",
     ),
-    "JPEG of 20,000 scans": (scan_bomb, "of 200[0-9]{2} scans"),
+    "JPEG of 20,000 scans": (scan_bomb, "of more than 100 scans"),
+    "palette PNG with too much transparency": (
+        lambda: png(16, 16, 4, 3, more=[(b"PLTE", bytes(48)), (b"tRNS", b"\x80" * 300)]),
+        "cannot be decoded",
+    ),
     "PNG bomb": (lambda: png(30_000, 30_000), "an image of 30000x30000 pixels"),
     "PNG that claims more than it has": (lambda: png(3000, 3000, 8, 2, pixels=bytes(100)), "truncated"),
     "WebP that claims 16383x16383": (
@@ -524,10 +528,8 @@ async def test_too_much_memory_is_refused(saved: Callable[..., Path]) -> None:
 
 async def test_too_much_time_is_refused_and_leaves_no_process(saved: Callable[..., Path]) -> None:
     path = saved(video(200, size=(1280, 720), options={"preset": "ultrafast"}))
-    begin = time.monotonic()
     with pytest.raises(InvalidInput, match=r"takes too much to read: more than 0\.3 s"):
         await read_clip(path, 640, 384, replace(LIMITS, read_seconds=0.3))
-    assert time.monotonic() - begin < 3
     assert psutil.Process().children() == []
 
 
@@ -618,3 +620,14 @@ async def test_200_mutations_are_read_or_refused(tmp_path: Path) -> None:
 
     await asyncio.gather(*(check(i, data) for i, data in enumerate(mutations(200))))
     assert min(read, refused) > 20  # they are neither all harmless nor all hopeless
+
+
+async def test_what_a_probe_lets_through_is_still_refused(saved: Callable[[bytes], Path]) -> None:
+    """A palette image without a palette: its pixels can be decoded, and mean nothing."""
+    with pytest.raises(InvalidInput, match="cannot be decoded"):
+        await read_image(saved(png(16, 16, 8, 3)), 32, 32)
+
+
+async def test_what_a_phone_puts_behind_a_jpeg_is_no_part_of_it(saved: Callable[[bytes], Path]) -> None:
+    """Motion photos have a video there, in which every sequence of bytes occurs."""
+    assert (await probe(saved(image("JPEG") + b"\xff\xda" * 1000))).format == "jpeg"

@@ -326,6 +326,17 @@ async def test_a_form_is_utf_8_whatever_it_calls_itself(charset: str) -> None:
     assert await parsed(ChangePrompt, sent, f"{FORM}; charset={charset}") == {"prompt": "é ❄"}
 
 
+@pytest.mark.parametrize("files", [[], [("input_reference", "a", b"data")]])
+async def test_a_form_that_was_cut_off_is_refused(files: list[tuple[str, str, bytes]]) -> None:
+    """Else its last part would be left out, and a video that should come from an image would come from the text."""
+    whole = form(("prompt", "a sea"), files=files)
+    assert await parsed(CreateVideo, whole, file="input_reference")
+    for end in range(len(whole) - 5, 40, -7):  # before the last two dashes
+        with pytest.raises(RequestError) as caught:
+            await parsed(CreateVideo, whole[:end], file="input_reference")
+        assert (caught.value.status, caught.value.code) == (400, "invalid_form")
+
+
 async def test_forms_that_were_damaged_on_the_way() -> None:
     """Whatever a byte more, less or another makes of them, it is understood or refused."""
     rng = random.Random(0)
@@ -350,7 +361,7 @@ async def test_forms_that_were_damaged_on_the_way() -> None:
         except HeliosError as error:
             assert isinstance(error, (RequestError, InvalidInput)) and len(str(error)) < 1000
             seen["refused"] += 1
-    assert min(seen.values()) > 100, seen
+    assert min(seen.values()) > 50, seen
 
 
 # Over HTTP

@@ -247,7 +247,8 @@ async def test_a_seed_makes_other_noise_from_its_chunk_on(keeping: LocalService)
     assert essence(await done(keeping, f"/{source.id}/fork", chunk=1, seed=5)) == essence(reseeded)
     other = await done(keeping, f"/{source.id}/fork", chunk=1, seed=6)
     assert essence(other)[1] != essence(reseeded)[1]
-    assert [(await show(keeping, record.id))["seed"] for record in (source, other)] == [5, 6]
+    shown = [await show(keeping, record.id) for record in (source, other)]
+    assert [(video["seed"], video["reseeds"]) for video in shown] == [(5, []), (5, [{"chunk": 1, "seed": 6}])]
 
 
 @pytest.mark.parametrize("chunk", [0, 2, 3])
@@ -272,7 +273,9 @@ async def test_a_fork_with_a_prompt(keeping: LocalService, chunk: int) -> None:
     fork = await done(keeping, f"/{source.id}/fork", chunk=chunk, prompt=OTHER, transition_chunks=2)
     change = {"at_seconds": 1.375 * chunk, "prompt": OTHER, "transition_chunks": 2}
     assert essence(fork) == essence(await fresh(keeping, seconds=THREE, prompts=[change]))
-    assert (await show(keeping, fork.id))["prompts"] == [{"chunk": chunk, **change}]
+    shown = await show(keeping, fork.id)
+    expected = (PROMPT, [{"chunk": chunk, **change}]) if chunk else (OTHER, [])
+    assert (shown["prompt"], shown["prompts"]) == expected
 
 
 async def test_changes_past_the_end_of_a_shorter_fork_are_gone(service: LocalService) -> None:
@@ -399,7 +402,7 @@ async def test_a_copying_that_fails_leaves_nothing_behind(
     monkeypatch.setattr(store, "delete", deleting)
     answer = await service.http.post(f"/v1/videos/{source.id}/extend", json={})
     assert answer.status_code == (503 if isinstance(error, StoreUnavailable) else 404)
-    assert log == ["copied", "deleted"]
+    assert log == ["copied", "copied", "deleted"]
     assert files(service) == before and await store.active() == []
     assert (await service.http.get("/v1/videos")).json()["first_id"] == source.id
 
@@ -513,6 +516,22 @@ async def test_an_unfinished_video_can_be_remixed(service: LocalService) -> None
     assert (await refusal(service, fork, chunk=0))[:2] == (409, "not_possible"), "nor at its beginning"
     gate.open()
     assert essence(await ended(service, running)) != essence(remix)
+
+
+async def test_a_video_whose_model_is_served_no_more(tmp_path: Path) -> None:
+    async with serving(tmp_path, "demo", "demo-mid") as both:
+        source = await fresh(both, seconds=1, model="demo-mid", preset=None, steps=[1, 1, 1])
+    async with serving(tmp_path, "demo") as service:
+        for path, fields in (("extend", {}), ("fork", {"chunk": 0}), ("remix", {"prompt": OTHER})):
+            status, code, message = await refusal(service, f"{source.id}/{path}", **fields)
+            assert (status, code) == (409, "not_possible") and "demo-mid; allowed: one of demo" in message
+        assert (await show(service, source.id))["model"] == "demo-mid"
+
+
+async def test_all_kept_states_are_copied(keeping: LocalService) -> None:
+    source = await fresh(keeping, seconds=2.75)
+    longer = await done(keeping, f"/{source.id}/extend", seconds=1.375)
+    assert essence(await done(keeping, f"/{longer.id}/fork", chunk=1)) == essence(longer)
 
 
 async def test_where_no_state_is_kept(service: LocalService) -> None:

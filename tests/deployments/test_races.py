@@ -675,10 +675,10 @@ class World:
         if record is None:
             self.check(video.refused(), f"{video.id} has no record")
             return
-        # Of chunks that were copied there are no states, but for the one that it went on from.
+        # Copied are the states that were kept: as a rule the one that it went on from alone.
         seen = 0 if record.start is None else record.start.seen
         kept = record.chunks if self.keep_all_states else record.chunks[-1:]
-        states = [chunk.state for chunk in kept if chunk.index + 1 >= seen]
+        states = [chunk.state for chunk in kept if self.keep_all_states or chunk.index + 1 >= seen]
         named = [chunk.fragment for chunk in record.chunks] + states
         large = {name for name in files if "/chunks/" in name or "/states/" in name}
         self.check(record.ended and large == {item.key for item in named}, f"{video.id} {record.status} has {large}")

@@ -208,7 +208,7 @@ def test_service_and_command_line_make_the_same_video_of_an_upload(http: httpx.C
     file = {"image": "picture.png", "video": "video.mp4"}[kind]
     fields = {"prompt": PROMPT, "seconds": "2.5", "seed": "11", "preset": "realtime"}
     upload = {"input_reference": Path(file).read_bytes()}
-    by_service = b"".join(http.post("/v1/videos/stream", data=fields, files=upload).iter_raw())
+    by_service = http.post("/v1/videos/stream", data=fields, files=upload).content
     options = ["-o", "cli.mp4", "--seconds", "2.5", "--seed", "11", "--preset", "realtime", f"--{kind}", file]
     subprocess.run([*HELIOS, "generate", PROMPT, *options], check=True, capture_output=True)
     assert Path("cli.mp4").read_bytes() == by_service

@@ -259,8 +259,8 @@ def chunked(data: bytes) -> bytes:
 def test_a_file_that_is_too_large(service: Service) -> None:
     """It fits into what a form may have, but not into what a file may."""
     answer = service.post(JPEG + bytes(MAX_BYTES))
-    assert answer.status_code == 400
-    assert f"at most {MAX_BYTES} bytes" in answer.json()["error"]["message"]
+    assert answer.status_code == 413
+    assert f"allowed: {MAX_BYTES} bytes" in answer.json()["error"]["message"]
 
 
 # What is spoilt
