@@ -34,6 +34,8 @@ from deployments.records import VideoRecord
 from deployments.service import APP_NAME, run_service
 from tests.deployments.boxes import read_boxes, reader
 
+pytestmark = pytest.mark.ray
+
 TRIALS = int(os.environ.get("TRIALS", "3"))
 SAMPLERS = 2
 CHUNK_SECONDS = 0.5  # of sampling, paced: so that a kill finds a sampler in the midst of a chunk

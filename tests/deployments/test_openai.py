@@ -25,6 +25,8 @@ from deployments.config import AppConfig
 from deployments.service import APP_NAME, run_service
 from tests.core import media_files
 
+pytestmark = pytest.mark.ray
+
 PROMPT = "a red sun over a blue sea"
 SIZE = "64x64"
 CHUNK_SECONDS = 0.5  # of sampling, paced, of the model demo-mid: so that its progress can be watched

@@ -27,7 +27,7 @@ from deployments.making import InputLost, ReplicaLost
 from deployments.ray_calls import call, call_by_reference, call_to_its_end, live_replicas
 from helios_core.errors import HeliosError, InvalidInput
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.timeout(60), pytest.mark.ray]
 
 APP_NAME = "ray-calls"
 

@@ -37,6 +37,8 @@ from helios_core.helios import Helios
 from helios_core.media.fragments import encode_fragment
 from tests.deployments.boxes import read_boxes, reader
 
+pytestmark = pytest.mark.ray
+
 PROMPT = "a red sun over a blue sea"
 HELIOS = [sys.executable, "-m", "deployments.cli"]
 

@@ -27,6 +27,8 @@ from deployments.store import Store, new_video_id
 from helios_core.spec import VideoSpec
 from tests.deployments.test_faults import body, processes
 
+pytestmark = pytest.mark.ray
+
 VIEWERS = 16
 FRAGMENTS, FRAGMENT_BYTES = 48, 2**20
 BOUND = 2 * 2**20  # bytes

@@ -23,6 +23,8 @@ from tests.deployments.boxes import read_boxes, reader
 from tests.deployments.test_faults import object_store_bytes
 from tests.deployments.test_service import pts_of
 
+pytestmark = pytest.mark.ray
+
 SECONDS, FRAMES, CHUNKS = 600, 14_400, 437
 WARM = 20  # chunks after which all that is allocated once has been
 WINDOW = 60  # chunks, of which the median counts: a process may be in the midst of a chunk

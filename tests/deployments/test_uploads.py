@@ -27,6 +27,8 @@ from deployments.service import APP_NAME, run_service
 from tests.core import media_files
 from tests.deployments.test_faults import wait_until
 
+pytestmark = pytest.mark.ray
+
 MUTATIONS = int(os.environ.get("MUTATIONS", "200"))
 ANSWER_SECONDS = 5.0
 MAX_BYTES, MAX_TEXT_BYTES = 2 << 20, 1 << 20  # of an upload, and of a form without it
