@@ -86,7 +86,7 @@ class Drafts:
     async def extended(self, request: Request, _: str, source_id: str) -> Draft:
         async with self._body(request) as body:
             more = body.parse(ExtendVideo)
-        source = await self._source(source_id, "completed")
+        source = self._served(await self._completed(source_id))
         chunks = source.usage.chunks
         spec = source.spec.extend(more.seconds, chunks, more.prompt, more.transition_chunks, self._config.limits)
         return Draft(spec, origin=Origin(how="extend", video_id=source_id, chunks=chunks))
@@ -94,7 +94,7 @@ class Drafts:
     async def forked(self, request: Request, _: str, source_id: str) -> Draft:
         async with self._body(request) as body:
             other = body.parse(ForkVideo)
-        source = await self._source(source_id, "completed")
+        source = self._served(await self._completed(source_id))
         spec = source.spec.fork(
             other.chunk, other.prompt, other.transition_chunks, other.seed, other.seconds, self._config.limits
         )
@@ -103,7 +103,7 @@ class Drafts:
     async def remixed(self, request: Request, _: str, source_id: str) -> Draft:
         async with self._body(request) as body:
             other = body.parse(RemixVideo)
-        source = await self._source(source_id)
+        source = self._served(await self._status(source_id))
         spec = source.spec.remix(other.prompt, self._config.limits)
         return Draft(spec, origin=Origin(how="remix", video_id=source_id))
 
@@ -137,21 +137,23 @@ class Drafts:
         await self._store.prepare(video_id)  # an ingress that dies before the video is accepted leaves it to be removed
         return Draft(spec, input=await self._store.put_input(video_id, path))
 
-    async def _source(self, video_id: str, needed: str | None = None) -> VideoStatus:
-        """How a video stands that a new one shall come from; `needed`: the status that it must have."""
-        status = await self._status(video_id)
-        if needed is not None and status.status != needed:
-            raise NotPossible(f"video {video_id} is {status.status}; allowed: a {needed} video")
-        if status.spec.model not in self._models:
-            served = ", ".join(self._models)
-            raise NotPossible(f"video {video_id} is of the model {status.spec.model}; allowed: one of {served}")
-        return status
-
-    async def _write_finished(self, video_id: str, path: Path) -> None:
-        """Puts a finished video's file together."""
+    async def _completed(self, video_id: str) -> VideoStatus:
+        """How a video stands that has to be completed."""
         status = await self._status(video_id)
         if status.status != "completed":
             raise NotPossible(f"video {video_id} is {status.status}; allowed: a completed video")
+        return status
+
+    def _served(self, source: VideoStatus) -> VideoStatus:
+        """A video that a new one shall come from, if its model is still there to make that."""
+        if source.spec.model not in self._models:
+            served = ", ".join(self._models)
+            raise NotPossible(f"video {source.id} is of the model {source.spec.model}; allowed: one of {served}")
+        return source
+
+    async def _write_finished(self, video_id: str, path: Path) -> None:
+        """Puts a finished video's file together."""
+        await self._completed(video_id)
         record = await self._store.record(video_id)
         if record is None:
             raise NoSuchVideo(video_id)

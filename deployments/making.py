@@ -153,9 +153,10 @@ class RunningVideo:
         self.changed.set()
         self.changed = asyncio.Event()
 
-    def call(self, span: Span, attempt: int) -> Call:
-        """A call to a replica whose work is a part of `span`."""
-        return Call(video_id=self.request.id, traceparent=traceparent(span), attempt=attempt)
+    def call(self, attempt: int, span: Span | None = None) -> Call:
+        """A call to a replica whose work is a part of `span`, or of the video's own span."""
+        parent = self.request.traceparent if span is None else traceparent(span)
+        return Call(video_id=self.request.id, traceparent=parent, attempt=attempt)
 
     def retry(self, chunk: int, error: Lost) -> float:
         """Counts a retry of a chunk; after how many seconds it may begin. Raises ChunkLost if it had its share."""
@@ -228,7 +229,7 @@ class Maker:
             return None, 0
 
         async def attempt(number: int) -> Ref:
-            call = Call(video_id=video.request.id, traceparent=video.request.traceparent, attempt=number)
+            call = video.call(number)
             with self._losses(video, "vae_decoder", "encode input", call):
                 return await self._graph.encode_media(call, record.spec, media)
 
@@ -238,7 +239,7 @@ class Maker:
         """Sees to it that the video has the embeddings of `prompt`, for the time `number` of trying."""
         if prompt in video.texts:
             return
-        call = Call(video_id=video.request.id, traceparent=video.request.traceparent, attempt=number)
+        call = video.call(number)
         with self._losses(video, "text_encoder", "encode prompt", call):
             text, stored = await self._graph.encode(call, video.request.spec.model, prompt)
             video.texts[prompt], video.stored_texts[prompt] = text, stored
@@ -295,7 +296,7 @@ class Maker:
             await self._retried(video, index, partial(self._encode, video, prompt))
 
         async def attempt(number: int) -> tuple[Ref, SampleReport]:
-            call, asked = video.call(chunk, number), time.time_ns()
+            call, asked = video.call(number, chunk), time.time_ns()
             async with self._turns[spec.model].turn(video.request.id, again=number > 0):
                 now = time.time_ns()
                 self._tracer.start("wait", call.traceparent, start_time=asked).end(now)
@@ -312,7 +313,7 @@ class Maker:
         self, video: RunningVideo, chunk: Span, index: int, state: Ref, sampled: SampleReport
     ) -> None:
         async def attempt(number: int) -> Rendered:
-            call = video.call(chunk, number)
+            call = video.call(number, chunk)
             with self._losses(video, "vae_decoder", "render", call):
                 return await self._graph.render(call, video.request.spec, self._term, state, sampled)
 

@@ -33,7 +33,7 @@ async def take_over(
     state = source.chunks[origin.chunks - 1].state
     kept = await store.states(source.id)
     if state.key not in kept:
-        await _request(store, source)
+        await _request(store, source)  # a deletion since the first look takes the states too: then that is the reason
         raise NotPossible(
             f"no state of video {source.id} is kept before chunk {origin.chunks}; allowed: chunk 0, or "
             f"{len(source.chunks)}, its end; any chunk if the service keeps all states (keep_states: all)"

@@ -156,7 +156,7 @@ class Store:
     async def accept(self, request: VideoRequestRecord) -> None:
         """Store a request and mark it active: from here on a starting Director resumes it."""
         await self._put(f"videos/{_checked(request.id)}/request.json", request.model_dump_json().encode())
-        await self._put(f"active/{request.id}", b"")
+        await self.prepare(request.id)
 
     async def prepare(self, video_id: str) -> None:
         """Mark a video active of which something is stored before its request. Until `accept`, a starting Director

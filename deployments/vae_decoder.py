@@ -50,7 +50,7 @@ class VaeDecoder:
         self._watchdog.check()
 
     async def encode_media(self, call: Call, spec: VideoSpec, media: StoredObject) -> AsyncIterator[Any]:
-        """First the StreamState before chunk 0, as the uploaded image or video makes it, then the seconds that took.
+        """First the StreamState before chunk 0, as the uploaded image or video makes it, then None: it is there.
 
         Raises InvalidInput if the file turns out to be broken, or to be something else than it was taken for.
         """
@@ -59,7 +59,6 @@ class VaeDecoder:
             self._tracer.span("encode input", call.traceparent, video_id=call.video_id, attempt=call.attempt),
             tempfile.NamedTemporaryFile(prefix="helios-input-") as file,
         ):
-            clock = time.perf_counter()
             file.write(await self._store.read(media.key))
             file.flush()
             path = Path(file.name)
@@ -72,7 +71,7 @@ class VaeDecoder:
                 encode = partial(state_from_video, self._vae, clip.first_HWC, clip.tail_THWC, clip.frames, spec.seed)
             state = await asyncio.get_running_loop().run_in_executor(self._thread, encode)
         yield state
-        yield time.perf_counter() - clock
+        yield None
 
     async def render_chunk(
         self, call: Call, spec: VideoSpec, term: int, state: StreamState | StoredObject, sampled: SampleReport

@@ -135,7 +135,10 @@ class VideoSpec:
     def extend(
         self, seconds: float, chunks: int, prompt: str | None, transition_chunks: int, limits: Limits
     ) -> VideoSpec:
-        """This video, of which `chunks` are made, longer by `seconds`; from there on with `prompt`, if one is given."""
+        """This video, of which `chunks` are made, longer by `seconds`; from there on with `prompt`, if one is given.
+
+        Raises InvalidInput naming the field, the value and what is allowed.
+        """
         check_seconds(seconds, self.fps, limits)
         if self.seconds + seconds > limits.max_seconds:
             most = limits.max_seconds - self.seconds
@@ -155,7 +158,10 @@ class VideoSpec:
         seconds: float | None,
         limits: Limits,
     ) -> VideoSpec:
-        """This video up to `chunk`, and from there on another: with `prompt`, with new noise from `seed`, or longer."""
+        """This video up to `chunk`, and from there on another: with `prompt`, with new noise from `seed`, or longer.
+
+        `seconds`: of the new video, in all. Raises InvalidInput naming the field, the value and what is allowed.
+        """
         forked = self
         if seconds is not None:
             check_seconds(seconds, self.fps, limits)
@@ -173,7 +179,7 @@ class VideoSpec:
         return forked._turning_to(prompt, chunk, transition_chunks, limits)
 
     def remix(self, prompt: str, limits: Limits) -> VideoSpec:
-        """This video's settings and seed with another prompt, from the beginning."""
+        """This video's settings and seed with another prompt, from the beginning. Raises InvalidInput."""
         check_prompt("prompt", prompt, limits)
         return dataclasses.replace(self, prompt=prompt, prompts=(), reseeds=())
 

@@ -55,6 +55,7 @@ class TextEmbeddings:
 def blend(parts: Sequence[tuple[TextEmbeddings, float]]) -> TextEmbeddings:
     """The weighted sum of prompts, each as it is with its zero rows: a prompt on its way into another.
 
+    `parts`: one or more, with weights whose sum is 1. The sum is computed in fp32; it has the dtype of the first.
     As in the official interactive mode, embeddings are mixed before the transformer's text layers. One prompt alone
     stays itself, bit for bit.
     """
