@@ -7,12 +7,15 @@ import struct
 import zlib
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
 import numpy.typing as npt
 from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image
+
+from helios_core.media.fragments import encode_fragment
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -29,6 +32,15 @@ def image(format: str, picture: Image.Image | None = None, **options: object) ->
     sink = io.BytesIO()
     (quarters(64, 48) if picture is None else picture).save(sink, format, **options)
     return sink.getvalue()
+
+
+def write_samples(folder: Path, clip: str) -> None:
+    """picture.png, 120x90, and a video of 40 frames under the name `clip`: noise, but always the same."""
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (90, 120, 3), dtype=np.uint8)).save(folder / "picture.png")
+    frames = rng.integers(0, 255, (40, 64, 96, 3), dtype=np.uint8)
+    fragment = encode_fragment(frames, chunk_index=0, first_frame=0, fps=24)
+    (folder / clip).write_bytes(fragment.init + fragment.data)
 
 
 def animation(format: str) -> bytes:

@@ -10,13 +10,12 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-from PIL import Image
 
 from helios_core.errors import InvalidInput
 from helios_core.helios import Chunk, Helios
-from helios_core.media.fragments import encode_fragment
 from helios_core.media.read import read_image
 from helios_core.spec import PromptAt
+from tests.core.media_files import write_samples
 
 PAGE = (Path(__file__).parents[2] / "EXAMPLES.md").read_text()
 EXAMPLES = dict(re.findall(r"^## (.*?)\n.*?```python\n(.*?)```", PAGE, re.DOTALL | re.MULTILINE))
@@ -32,11 +31,7 @@ def helios() -> Helios:
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder, the current one, with picture.png and clip.mp4 of 40 frames."""
     monkeypatch.chdir(tmp_path)
-    random = np.random.default_rng(0)
-    Image.fromarray(random.integers(0, 255, (90, 120, 3), dtype=np.uint8)).save("picture.png")
-    frames = random.integers(0, 255, (40, 64, 96, 3), dtype=np.uint8)
-    fragment = encode_fragment(frames, chunk_index=0, first_frame=0, fps=24)
-    Path("clip.mp4").write_bytes(fragment.init + fragment.data)
+    write_samples(tmp_path, "clip.mp4")
     return tmp_path
 
 

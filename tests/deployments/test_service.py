@@ -18,11 +18,9 @@ from pathlib import Path
 import av
 import httpx
 import imageio_ffmpeg
-import numpy as np
 import psutil
 import pytest
 from av.video.reformatter import Colorspace
-from PIL import Image
 from ray import serve
 
 from deployments.cli import free_port, save_stream
@@ -35,6 +33,7 @@ from helios_core.config import CHUNK_FRAMES
 from helios_core.errors import HeliosError
 from helios_core.helios import Helios
 from helios_core.media.fragments import encode_fragment
+from tests.core.media_files import write_samples
 from tests.deployments.boxes import read_boxes, reader
 
 pytestmark = pytest.mark.ray
@@ -152,11 +151,7 @@ CURLS = [
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current one, with picture.png and video.mp4 of 40 frames."""
     monkeypatch.chdir(tmp_path)
-    random = np.random.default_rng(0)
-    Image.fromarray(random.integers(0, 255, (90, 120, 3), dtype=np.uint8)).save("picture.png")
-    frames = random.integers(0, 255, (40, 64, 96, 3), dtype=np.uint8)
-    fragment = encode_fragment(frames, chunk_index=0, first_frame=0, fps=24)
-    Path("video.mp4").write_bytes(fragment.init + fragment.data)
+    write_samples(tmp_path, "video.mp4")
     return tmp_path
 
 
