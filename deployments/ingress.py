@@ -103,7 +103,7 @@ def http_app(
             return await director.create(video), {"traceparent": parent}
 
     def answer(status: VideoStatus, headers: dict[str, str] | None = None) -> JSONResponse:
-        return JSONResponse(video_object(status), headers={**POLL, **(headers or {})})
+        return JSONResponse(video_object(status, models.get(status.spec.model)), headers={**POLL, **(headers or {})})
 
     def leave(video_id: str) -> None:
         """Cancels a video whose only viewer is gone. Ray cancels a request's calls with the request: not this one."""
@@ -158,14 +158,16 @@ def http_app(
         check_transition("transition_chunks", wanted.transition_chunks, config.limits)
         video = await director.get(known(video_id))
         change = await director.change_prompt(video_id, wanted.prompt, wanted.transition_chunks)
-        return JSONResponse({"id": video_id, "object": "video.prompt", **prompt_object(change, video.spec)})
+        note = models[video.spec.model].note(change.prompt)
+        told = prompt_object(change, video.spec)
+        return JSONResponse({"id": video_id, "object": "video.prompt", **told, "note": note})
 
     @app.get("/v1/videos")
     async def page(request: Request) -> JSONResponse:
         query = ListVideos.parse(request.query_params)
         try:
             after = None if query.after is None else known(query.after)
-            return JSONResponse(page_object(await director.page(query.limit, after, query.order == "desc")))
+            return JSONResponse(page_object(await director.page(query.limit, after, query.order == "desc"), models))
         except NoSuchVideo:
             raise InvalidInput("after", query.after, "the id of a video") from None
 

@@ -16,8 +16,8 @@ from deployments.records import VideoRecord
 from helios_core.config import CHUNK_FRAMES, NATIVE_FPS
 
 CHUNK_SECONDS = CHUNK_FRAMES / NATIVE_FPS  # of a chunk's playback
-# Steps of 1, 2 and 5 from the parts of the demo's chunks, which take 0.05 s in all, past Base's on one GPU, which take
-# 60, to what a long queue makes of them. Closer about the length of a chunk, which is an edge itself: the share of
+# Steps of 1, 2 and 5 from the parts of a stand-in's chunks, which take 0.05 s in all, past Base's on one GPU, which
+# take 60, to what a long queue makes of them. Closer about the length of a chunk, which is an edge itself: the share of
 # chunks at or below it is the share that kept up with playback at the native 24 fps.
 SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 0.75, 1, CHUNK_SECONDS, 2, 3, 5, 10, 20, 50, 100, 200, 500)
 # The same range as speeds: 1.375 s of video in 60 s to 0.05 s. From 1 on a viewer need not wait.

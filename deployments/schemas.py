@@ -226,8 +226,11 @@ class GetContent(Fields):
     partial: Literal["true", "false"] = Field("false", description="true or false")
 
 
-def video_object(status: VideoStatus) -> dict[str, Any]:
-    """The Video object of the OpenAI API, with our extensions."""
+def video_object(status: VideoStatus, card: ModelCard | None) -> dict[str, Any]:
+    """The Video object of the OpenAI API, with our extensions. `card`: of its model; None if that is served no more.
+
+    Its `note` says of which prompts the model knows no word, or is null.
+    """
     spec, usage, origin = status.spec, status.usage, status.origin
     # In the queue until the first chunk's sampling began, or to this day.
     begun = usage.started_at or status.completed_at or time.time()
@@ -256,6 +259,7 @@ def video_object(status: VideoStatus) -> dict[str, Any]:
         "guidance_scale": spec.guidance_scale,
         "negative_prompt": spec.negative_prompt,
         "prompts": [prompt_object(change, spec) for change in spec.prompts],
+        "note": None if card is None else card.note(*spec.texts),
         "origin": None if origin is None else origin.model_dump(),
         "usage": {
             "chunks": usage.chunks,
@@ -276,9 +280,9 @@ def prompt_object(change: PromptChange, spec: VideoSpec) -> dict[str, Any]:
     }
 
 
-def page_object(page: Page) -> dict[str, Any]:
-    """The answer of GET /v1/videos."""
-    data = [video_object(status) for status in page.videos]
+def page_object(page: Page, cards: Mapping[str, ModelCard]) -> dict[str, Any]:
+    """The answer of GET /v1/videos. `cards`: id ▸ card, of the models that are served."""
+    data = [video_object(status, cards.get(status.spec.model)) for status in page.videos]
     return {
         "object": "list",
         "data": data,
@@ -305,6 +309,7 @@ def model_object(card: ModelCard, config: AppConfig) -> dict[str, Any]:
         "default_guidance_scale": variant.guidance_scale,
         "default_size": f"{width}x{height}",
         "size_multiple": card.size_multiple,
+        "vocabulary": card.vocabulary,
         "frames_per_chunk": CHUNK_FRAMES,
         "limits": {
             "side": limits.max_side,

@@ -35,7 +35,8 @@ from helios_core.config import (
     read_config,
     read_json,
 )
-from helios_core.demo.checkpoint import demo_checkpoint
+from helios_core.demo.stand_in import stand_in
+from helios_core.demo.words import vocabulary
 from helios_core.errors import CheckpointError, InvalidInput
 from helios_core.sampling.chunk import ChunkSampler
 from helios_core.sampling.guidance import CFG_ZERO_STAR, CLASSIFIER_FREE
@@ -55,16 +56,18 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 @dataclass(frozen=True)
 class KnownModel:
-    """A short name for a model: where it comes from and the (width, height) it is at home at."""
+    """A short name for a model: where it comes from, the (width, height) it is at home at, the words that it knows."""
 
     source: Callable[[], str]
     default_size: tuple[int, int]
+    vocabulary: dict[str, tuple[str, ...]] | None = None
 
 
 KNOWN_MODELS = {
-    "demo": KnownModel(demo_checkpoint, (128, 64)),
-    "demo-base": KnownModel(lambda: demo_checkpoint("base"), (128, 64)),
-    "demo-mid": KnownModel(lambda: demo_checkpoint("mid"), (128, 64)),
+    "demo": KnownModel(lambda: str(Path(__file__).parent / "demo/model"), (256, 128), vocabulary()),
+    "random": KnownModel(lambda: stand_in("distilled"), (128, 64)),
+    "random-base": KnownModel(lambda: stand_in("base"), (128, 64)),
+    "random-mid": KnownModel(lambda: stand_in("mid"), (128, 64)),
     "helios-base": KnownModel(lambda: "BestWishYsh/Helios-Base", (640, 384)),
     "helios-mid": KnownModel(lambda: "BestWishYsh/Helios-Mid", (640, 384)),
     "helios-distilled": KnownModel(lambda: "BestWishYsh/Helios-Distilled", (640, 384)),
@@ -108,6 +111,7 @@ class Checkpoint:
             stages=scheduler.stages,
             size_multiple=vae.scale_factor_spatial * transformer.patch_size[1] * 2 ** (scheduler.stages - 1),
             default_size=known.default_size if known else DEFAULT_SIZE,
+            vocabulary=known.vocabulary if known else None,
         )
         if _is_folder(source):
             return cls(folder, None, model if known else str(folder), card, transformer, vae, scheduler)

@@ -31,10 +31,13 @@ class InvalidInput(HeliosError):
         self.field, self.value, self.allowed = field, value, allowed
 
     def __str__(self) -> str:
-        shown = repr(self.value)
-        if len(shown) > 80:
-            shown = shown[:77] + "..."
-        return f"{self.field} is {shown}; allowed: {self.allowed}"
+        return f"{self.field} is {shown(self.value)}; allowed: {self.allowed}"
+
+
+def shown(value: object) -> str:
+    """A value as messages show it: 80 characters of its repr at most."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 class CheckpointError(HeliosError):

@@ -6,11 +6,12 @@ import dataclasses
 import heapq
 import itertools
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from helios_core.config import CHUNK_FRAMES, NATIVE_FPS, Variant
-from helios_core.errors import InvalidInput
+from helios_core.errors import InvalidInput, shown
 
 MAX_SEED = 2**63 - 1
 TEXT_TO_VIDEO, IMAGE_TO_VIDEO, VIDEO_TO_VIDEO = TASKS = ("text-to-video", "image-to-video", "video-to-video")
@@ -38,9 +39,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What a client may ask of a model: read from the checkpoint's JSON alone.
+    """What a client may ask of a model: read from the checkpoint's JSON and, if it is a known one, its row.
 
-    `id`: the name in requests; `size_multiple`: both sides are multiples of it; `default_size`: (width, height).
+    `id`: the name in requests; `size_multiple`: both sides are multiples of it; `default_size`: (width, height);
+    `vocabulary`: kind ▸ the words, in lower case, that alone mean something to the model; None if all words may.
     """
 
     id: str
@@ -48,7 +50,23 @@ class ModelCard:
     stages: int
     size_multiple: int
     default_size: tuple[int, int]
+    vocabulary: dict[str, tuple[str, ...]] | None = None
     tasks: tuple[str, ...] = TASKS
+
+    def note(self, *prompts: str) -> str | None:
+        """What to tell whoever wants a video of these prompts: which of them have no word that the model knows.
+
+        None if each has one. A prompt without makes a video all the same.
+        """
+        if self.vocabulary is None:
+            return None
+        known = {word for words in self.vocabulary.values() for word in words}
+        strange = [text for text in dict.fromkeys(prompts) if known.isdisjoint(re.findall(r"[a-z]+", text.lower()))]
+        if not strange:
+            return None
+        kinds = "; ".join(f"{kind}: {', '.join(words)}" for kind, words in self.vocabulary.items())
+        texts = ", ".join(map(shown, strange))
+        return f"the model {self.id} knows no word of {texts} and chooses what it shows; it knows {kinds}"
 
 
 @dataclass(frozen=True)
@@ -87,6 +105,11 @@ class VideoSpec:
     negative_prompt: str = ""
     prompts: tuple[PromptChange, ...] = ()
     reseeds: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The prompt and those that it changes to, in order."""
+        return (self.prompt, *(change.prompt for change in self.prompts))
 
     @property
     def frames(self) -> int:

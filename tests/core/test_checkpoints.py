@@ -11,17 +11,23 @@ from typing import Any
 
 import pytest
 import torch
+from hatchling.builders.wheel import WheelBuilder
 from safetensors.torch import load_file, save_file
+from transformers import UMT5Config
 
-from helios_core.checkpoints import Checkpoint, placement
+from helios_core.checkpoints import PARTS, Checkpoint, placement
 from helios_core.config import TransformerConfig
-from helios_core.demo.checkpoint import TRANSFORMER, write_checkpoint
+from helios_core.demo.layout import write_layout
+from helios_core.demo.stand_in import TEXT_ENCODER, TRANSFORMER, character_tokenizer, write_checkpoint
+from helios_core.demo.stand_in import VAE as VAE_CONFIG
+from helios_core.demo.words import vocabulary
 from helios_core.errors import CheckpointError, InvalidInput
 from helios_core.helios import Helios
 from helios_core.sampling.guidance import CFG_ZERO_STAR, CLASSIFIER_FREE
 from helios_core.sampling.solvers import few_step, unipc
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -175,15 +181,50 @@ def test_the_three_layouts_are_told_apart(tmp_path: Path, variant: str) -> None:
     assert all(len(steps) == card.stages for steps in card.variant.presets.values())
 
 
-@pytest.mark.parametrize("name, variant", [("demo", "distilled"), ("demo-base", "base"), ("demo-mid", "mid")])
-def test_demos_by_name(name: str, variant: str) -> None:
+@pytest.mark.parametrize("name, variant", [("random", "distilled"), ("random-base", "base"), ("random-mid", "mid")])
+def test_stand_ins_by_name(name: str, variant: str) -> None:
     checkpoint = Checkpoint.open(name)
     checkpoint.verify()
     card = checkpoint.card
     assert (card.id, card.variant.name, card.default_size, checkpoint.source) == (name, variant, (128, 64), name)
+    assert card.vocabulary is None
 
 
-def test_text_encoder_and_vae_are_the_same_in_all_demos(made: Path, tmp_path: Path) -> None:
+def test_the_demo_is_shipped_and_knows_its_words() -> None:
+    checkpoint = Checkpoint.open("demo")
+    checkpoint.verify()
+    card = checkpoint.card
+    assert (card.id, card.variant.name, card.size_multiple, checkpoint.source) == ("demo", "distilled", 128, "demo")
+    assert (card.default_size, card.vocabulary) == ((256, 128), vocabulary())
+
+    wheel = {Path(file.path) for file in WheelBuilder(str(ROOT)).recurse_included_files()}
+    assert {path for path in checkpoint.folder.rglob("*") if path.is_file()} <= wheel
+    assert sum(path.stat().st_size for path in wheel) <= 10e6
+
+
+def test_weights_are_written_as_they_are_and_as_one_file(made: Path, tmp_path: Path) -> None:
+    def weights_of(part: str) -> dict[str, torch.Tensor]:
+        files = [load_file(path) for path in (made / part).glob("*.safetensors")]
+        return {name: w.bfloat16() for file in files for name, w in file.items()}
+
+    weights = {part: weights_of(part) for part in PARTS}
+    write_layout(
+        tmp_path,
+        "distilled",
+        text_encoder=(UMT5Config(**TEXT_ENCODER), weights["text_encoder"]),
+        transformer=(TRANSFORMER, weights["transformer"]),
+        vae=(VAE_CONFIG, weights["vae"]),
+        tokenizer=character_tokenizer(),
+    )
+    written = {path.parent.name: load_file(path) for path in tmp_path.rglob("*.safetensors")}
+    assert len(list(tmp_path.rglob("*.safetensors*"))) == len(written) == 3  # and no index
+    for part in PARTS:
+        assert written[part].keys() == weights[part].keys()
+        assert all(w.dtype == torch.bfloat16 and torch.equal(w, weights[part][n]) for n, w in written[part].items())
+    Checkpoint.open(str(tmp_path)).verify()
+
+
+def test_text_encoder_and_vae_are_the_same_in_all_stand_ins(made: Path, tmp_path: Path) -> None:
     shards = {}
     for variant in ("base", "mid"):
         write_checkpoint(tmp_path / variant, variant=variant)
@@ -278,7 +319,7 @@ def test_bf16_keeps_in_fp32_what_the_reference_keeps(folder: Path) -> None:
     }
 
 
-def test_demo_checkpoint_is_the_same_everywhere(made: Path, tmp_path: Path) -> None:
+def test_a_stand_in_is_the_same_everywhere(made: Path, tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "again")
     files = sorted(p.relative_to(made) for p in made.rglob("*") if p.is_file())
     assert files == sorted(p.relative_to(tmp_path / "again") for p in (tmp_path / "again").rglob("*") if p.is_file())

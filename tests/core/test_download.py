@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from helios_core.checkpoints import Checkpoint
-from helios_core.demo.checkpoint import write_checkpoint
+from helios_core.demo.stand_in import write_checkpoint
 
 ROOT = Path(__file__).parents[2]
 REPO, COMMIT = "someone/Helios-Tiny", "0123456789abcdef0123456789abcdef01234567"

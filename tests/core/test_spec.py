@@ -13,7 +13,7 @@ from helios_core.errors import InvalidInput
 from helios_core.spec import MAX_SEED, Limits, ModelCard, PromptAt, PromptChange, VideoRequest, VideoSpec
 
 DISTILLED = next(variant for variant in VARIANTS if variant.name == "distilled")
-CARD = ModelCard("demo", DISTILLED, stages=3, size_multiple=64, default_size=(128, 64))
+CARD = ModelCard("random", DISTILLED, stages=3, size_multiple=64, default_size=(128, 64))
 
 
 def check(**fields: Any) -> VideoSpec:
@@ -29,7 +29,7 @@ def refusal(**fields: Any) -> InvalidInput:
 def test_what_is_left_out_is_the_models_own_choice() -> None:
     assert check() == VideoSpec(
         prompt="a sea",
-        model="demo",
+        model="random",
         width=128,
         height=64,
         seconds=5.0,
@@ -339,3 +339,31 @@ def test_each_chunk_of_a_fork_has_its_seed() -> None:
 def test_remix() -> None:
     assert SEA.remix("d", Limits()) == replace(SEA, prompt="d", prompts=())
     assert SEA.fork(1, None, 3, 6, None, Limits()).remix("d", Limits()).reseeds == ()
+
+
+# Words that a model knows
+
+KNOWING = replace(CARD, vocabulary={"colour": ("red", "blue"), "thing": ("sun",)})
+KNOWN = "colour: red, blue; thing: sun"
+
+
+@pytest.mark.parametrize("prompt", ["red", "A RED city", "two trees,\nsun-lit", "the sun's", "redder than_blue_"])
+def test_one_known_word_is_enough(prompt: str) -> None:
+    assert KNOWING.note(prompt) is None
+
+
+@pytest.mark.parametrize("prompt", ["a green moon", "sunny", "infrared", "42", "太阳"])
+def test_a_note_names_the_prompt_and_all_words(prompt: str) -> None:
+    note = KNOWING.note(prompt)
+    assert note is not None
+    assert note.startswith(f"the model random knows no word of {prompt!r} and ") and note.endswith(KNOWN)
+    assert CARD.note(prompt) is None, "it may know any word"
+
+
+def test_one_note_for_all_prompts_of_a_video() -> None:
+    assert SEA.texts == ("a sea", "b", "c")
+    mixed = replace(SEA, prompt="a red sun").changed(PromptChange(1, "rain"), PromptChange(2, "blue"))
+    note = KNOWING.note(*mixed.changed(PromptChange(3, "rain")).texts)
+    assert note is not None and "no word of 'rain' and " in note
+    note = KNOWING.note(*SEA.texts, "d" * 8192)
+    assert note is not None and "no word of 'a sea', 'b', 'c', 'ddd" in note and len(note) < 300

@@ -21,7 +21,7 @@ PROMPT, STEPS = "a red sun over a blue sea", (1, 1, 1)
 
 
 def start(seed: int = 42) -> StreamState:
-    spec = VideoSpec(PROMPT, "demo", 128, 64, seconds=4, seed=seed, steps=STEPS, amplify_first_chunk=False)
+    spec = VideoSpec(PROMPT, "random", 128, 64, seconds=4, seed=seed, steps=STEPS, amplify_first_chunk=False)
     return StreamState.start(spec, VAE)
 
 
@@ -50,7 +50,7 @@ def assert_equal(a: StreamState, b: StreamState) -> None:
 
 @pytest.fixture(scope="module")
 def helios() -> Helios:
-    return Helios.load("demo", device="cpu", threads=1)
+    return Helios.load("random", device="cpu", threads=1)
 
 
 def test_start_is_empty_and_as_large_as_the_video() -> None:
@@ -128,7 +128,7 @@ from pathlib import Path
 from helios_core.helios import Helios
 from helios_core.state import StreamState
 
-helios = Helios.load("demo", device="cpu", threads=1)
+helios = Helios.load("random", device="cpu", threads=1)
 state = StreamState.from_bytes(Path(sys.argv[1]).read_bytes())
 after = helios.sampler.sample(helios.text_encoder.encode(sys.argv[2]), state, (1, 1, 1))
 Path(sys.argv[3]).write_bytes(after.to_bytes())

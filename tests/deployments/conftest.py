@@ -17,6 +17,7 @@ from deployments.ingress import http_app
 from deployments.store import Store
 from deployments.tracing import Tracer
 from helios_core.checkpoints import Checkpoint
+from tests.core.media_files import write_samples
 from tests.deployments.test_director import GatedGraph
 
 
@@ -48,17 +49,24 @@ class LocalService:
 
 @pytest.fixture
 async def service(tmp_path: Path) -> AsyncIterator[LocalService]:
-    """Director, store, replicas and HTTP in this process, on the demo checkpoint."""
+    """Director, store, replicas and HTTP in this process, on the stand-in with random weights."""
     async with serving(tmp_path) as service:
         yield service
 
 
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current one, with picture.png and video.mp4 of 40 frames."""
+    monkeypatch.chdir(tmp_path)
+    write_samples(tmp_path, "video.mp4")
+    return tmp_path
+
+
 @asynccontextmanager
 async def serving(folder: Path, *models: str, keep_all_states: bool = False) -> AsyncIterator[LocalService]:
-    """A service in this process with these models, or with the demo checkpoint alone."""
+    """A service in this process with these models, or with the stand-in alone."""
     config = AppConfig(store=str(folder / "store"))
-    if models:
-        config = config.override(models=[{"model": model} for model in models])
+    config = config.override(models=[{"model": model} for model in models or ("random",)])
     store = ReadStore(config.store)
     graph = GatedGraph(config)
     director = await Director.start(graph, store, Tracer("director"), keep_all_states)

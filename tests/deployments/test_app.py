@@ -11,7 +11,7 @@ import pytest
 from deployments.app import build_app, deploy
 from deployments.config import AppConfig, ConfigError, Pool
 from deployments.sampler import Sampler
-from helios_core.demo.checkpoint import write_checkpoint
+from helios_core.demo.stand_in import write_checkpoint
 from helios_core.errors import CheckpointError
 
 README = Path(__file__).parents[2] / "README.md"
@@ -45,11 +45,11 @@ def test_defaults_fit_on_a_laptop() -> None:
 
 
 def test_five_deployments_are_wired(tmp_path: Path) -> None:
-    ingress, _ = build_app(AppConfig(store=str(tmp_path)))
+    ingress, _ = build_app(AppConfig(store=str(tmp_path)).with_model("random"))
     assert ingress._bound_deployment.name == "Ingress"
     director = ingress._bound_deployment.init_args[2]
     assert director._bound_deployment.name == "Director"
-    assert parts_of(director) == {"demo": ("TextEncoder", "Sampler", "VaeDecoder")}
+    assert parts_of(director) == {"random": ("TextEncoder", "Sampler", "VaeDecoder")}
 
 
 def parts_of(director: Any) -> dict[str, tuple[str, ...]]:
@@ -65,29 +65,29 @@ def test_models_with_equal_encoders_and_vaes_share_them(tmp_path: Path) -> None:
     other = tmp_path / "other"
     write_checkpoint(other, seed=1)
     config = AppConfig(store=str(tmp_path / "store")).override(
-        models=[{"model": "demo"}, {"model": "demo-mid"}, {"model": str(other)}]
+        models=[{"model": "random"}, {"model": "random-mid"}, {"model": str(other)}]
     )
     ingress, pools = build_app(config)
     assert parts_of(ingress._bound_deployment.init_args[2]) == {
-        "demo": ("TextEncoder-demo", "Sampler-demo", "VaeDecoder-demo"),
-        "demo-mid": ("TextEncoder-demo", "Sampler-demo-mid", "VaeDecoder-demo"),
+        "random": ("TextEncoder-random", "Sampler-random", "VaeDecoder-random"),
+        "random-mid": ("TextEncoder-random", "Sampler-random-mid", "VaeDecoder-random"),
         "other": ("TextEncoder-other", "Sampler-other", "VaeDecoder-other"),
     }
     assert len(pools) == 2 + 2 + 3 + 2
-    assert [card.id for card in ingress._bound_deployment.init_args[1]] == ["demo", "demo-mid", "other"]
+    assert [card.id for card in ingress._bound_deployment.init_args[1]] == ["random", "random-mid", "other"]
 
 
 def test_two_models_of_one_name_are_refused(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "demo")
+    write_checkpoint(tmp_path / "random")
     config = AppConfig(store=str(tmp_path / "store"))
-    with pytest.raises(ConfigError, match="models are demo, demo; allowed: each id once"):
-        build_app(config.override(models=[{"model": "demo"}, {"model": str(tmp_path / "demo")}]))
+    with pytest.raises(ConfigError, match="models are random, random; allowed: each id once"):
+        build_app(config.override(models=[{"model": "random"}, {"model": str(tmp_path / "random")}]))
 
 
 def test_replicas_are_told_of_files_by_their_whole_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They have other working directories."""
     monkeypatch.chdir(tmp_path)
-    ingress, _ = build_app(AppConfig(store="store", trace_file="spans.jsonl"))
+    ingress, _ = build_app(AppConfig(store="store", trace_file="spans.jsonl").with_model("random"))
     config = ingress._bound_deployment.init_args[0]
     assert (config.store, config.trace_file) == (f"{tmp_path}/store", f"{tmp_path}/spans.jsonl")
 

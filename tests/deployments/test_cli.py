@@ -17,12 +17,13 @@ from safetensors.torch import load_file, save_file
 from deployments.cli import main
 from deployments.config import AppConfig
 from deployments.store import Store
-from helios_core.demo.checkpoint import write_checkpoint
+from helios_core.demo.stand_in import write_checkpoint
 from helios_core.helios import Helios
 from helios_core.spec import Limits
 
 ROOT = Path(__file__).parents[2]
-FAST = ["--steps", "1,1,1", "--no-amplify-first-chunk"]
+RANDOM = ["--model", "random"]
+FAST = [*RANDOM, "--steps", "1,1,1", "--no-amplify-first-chunk"]
 Run = Callable[..., tuple[int, str]]
 
 
@@ -96,7 +97,7 @@ BAD_INPUT: dict[str, tuple[list[str], list[str]]] = {
 @pytest.mark.parametrize("name", BAD_INPUT)
 def test_bad_input_is_refused_with_field_value_and_range(helios: Run, name: str) -> None:
     options, words = BAD_INPUT[name]
-    status, stderr = helios("generate", "a sea", *options)
+    status, stderr = helios("generate", "a sea", *RANDOM, *options)
     assert status == 2
     assert_one_line(stderr, words)
     assert list(Path.cwd().iterdir()) == []
@@ -104,7 +105,7 @@ def test_bad_input_is_refused_with_field_value_and_range(helios: Run, name: str)
 
 @pytest.mark.parametrize("prompt", ["", " \n"])
 def test_empty_prompt_is_refused(helios: Run, prompt: str) -> None:
-    status, stderr = helios("generate", prompt)
+    status, stderr = helios("generate", prompt, *RANDOM)
     assert status == 2
     assert_one_line(stderr, [f"prompt is {prompt!r}", "not empty"])
 
@@ -128,12 +129,12 @@ def test_a_path_that_cannot_be_written_is_refused_before_the_model_is_opened(
 
 def test_a_refused_request_leaves_an_older_video_alone(helios: Run) -> None:
     Path("out.mp4").write_bytes(b"older")
-    assert helios("generate", "a sea", "--seed", "-1")[0] == 2
+    assert helios("generate", "a sea", *RANDOM, "--seed", "-1")[0] == 2
     assert Path("out.mp4").read_bytes() == b"older"
 
 
 def test_bad_input_in_a_process(tmp_path: Path) -> None:
-    run = subprocess_run(tmp_path, "generate", "a sea", "--size", "100x100")
+    run = subprocess_run(tmp_path, "generate", "a sea", *RANDOM, "--size", "100x100")
     assert (run.returncode, run.stdout) == (2, "")
     assert_one_line(run.stderr, ["size is '100x100'", "128x128"])
 
@@ -268,7 +269,7 @@ def test_missing_configuration_is_refused(helios: Run) -> None:
     ],
 )
 def test_bad_options_of_serve_are_refused(helios: Run, options: list[str], expected: int, words: list[str]) -> None:
-    status, stderr = helios("serve", *options)
+    status, stderr = helios("serve", *RANDOM, *options)
     assert status == expected
     assert_one_line(stderr, words)
 
@@ -277,11 +278,11 @@ def test_a_file_sets_everything_and_options_override_it(tmp_path: Path) -> None:
     path = tmp_path / "helios.yaml"
     path.write_text(
         "port: 9000\nhost: 0.0.0.0\nlimits: {max_side: 640}\n"
-        "models: [{sampler: {num_gpus: 1, dtype: bfloat16}}, {model: demo-base}]\n"
+        "models: [{sampler: {num_gpus: 1, dtype: bfloat16}}, {model: random-base}]\n"
     )
     config = AppConfig.read(path).override(port=9001, host=None).with_replicas(samplers=3)
     first, second = config.models
-    assert (first.model, second.model, second.sampler.max_replicas) == ("demo", "demo-base", 3)
+    assert (first.model, second.model, second.sampler.max_replicas) == ("demo", "random-base", 3)
     assert (config.port, config.host) == (9001, "0.0.0.0")
     assert config.limits == Limits(max_side=640)
     assert (first.sampler.min_replicas, first.sampler.max_replicas, first.sampler.num_gpus) == (3, 3, 1)
@@ -306,7 +307,7 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
 def test_a_second_service_on_the_same_folder_is_refused(helios: Run, tmp_path: Path) -> None:
     folder = tmp_path / "store"
     with Store(str(folder)).lock():
-        status, stderr = helios("serve", "--store", folder)
+        status, stderr = helios("serve", *RANDOM, "--store", folder)
     assert status == 1
     assert_one_line(stderr, [str(folder), "in use by another Helios service"])
 
@@ -326,7 +327,7 @@ def test_generate_writes_a_playable_file_and_the_latents(helios: Run, seconds: f
     assert {(picture.width, picture.height) for picture in pictures} == {(128, 64)}
 
     saved = load_file("sea.latents")
-    stream = Helios.load("demo").stream("a sea", seconds=seconds, seed=7, steps=(1, 1, 1), amplify_first_chunk=False)
+    stream = Helios.load("random").stream("a sea", seconds=seconds, seed=7, steps=(1, 1, 1), amplify_first_chunk=False)
     assert list(saved) == ["latents"]
     assert saved["latents"].shape == (1, 16, 9 * chunks, 8, 16)
     assert saved["latents"].dtype == torch.float32

@@ -519,13 +519,13 @@ async def test_an_unfinished_video_can_be_remixed(service: LocalService) -> None
 
 
 async def test_a_video_whose_model_is_served_no_more(tmp_path: Path) -> None:
-    async with serving(tmp_path, "demo", "demo-mid") as both:
-        source = await fresh(both, seconds=1, model="demo-mid", preset=None, steps=[1, 1, 1])
-    async with serving(tmp_path, "demo") as service:
+    async with serving(tmp_path, "random", "random-mid") as both:
+        source = await fresh(both, seconds=1, model="random-mid", preset=None, steps=[1, 1, 1])
+    async with serving(tmp_path, "random") as service:
         for path, fields in (("extend", {}), ("fork", {"chunk": 0}), ("remix", {"prompt": OTHER})):
             status, code, message = await refusal(service, f"{source.id}/{path}", **fields)
-            assert (status, code) == (409, "not_possible") and "demo-mid; allowed: one of demo" in message
-        assert (await show(service, source.id))["model"] == "demo-mid"
+            assert (status, code) == (409, "not_possible") and "random-mid; allowed: one of random" in message
+        assert (await show(service, source.id))["model"] == "random-mid"
 
 
 async def test_all_kept_states_are_copied(keeping: LocalService) -> None:

@@ -123,7 +123,7 @@ class Rig:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        config = AppConfig(store=str(folder))
+        config = AppConfig(store=str(folder)).with_model("random")
         self.graph = GatedGraph(config)
         self.store = LoggedStore(config.store, self.graph.log)
         self.director: Director
@@ -175,7 +175,7 @@ def request(chunks: int = 3, prompt: str = PROMPT) -> VideoRequestRecord:
     """The smallest and fastest video of so many chunks."""
     spec = VideoSpec(
         prompt=prompt,
-        model="demo",
+        model="random",
         width=64,
         height=64,
         seconds=chunks * CHUNK_FRAMES / 24,

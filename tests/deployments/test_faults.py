@@ -93,15 +93,14 @@ class Service:
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("faults")
+    sampler = {"min_replicas": SAMPLERS, "max_replicas": SAMPLERS, "min_chunk_seconds": CHUNK_SECONDS}
     config = AppConfig(
         store=str(folder / "store"),
         port=free_port(),
         testing=True,
         torch_threads=1,
         trace_file=str(folder / "spans.jsonl"),
-    ).override(
-        models=[{"sampler": {"min_replicas": SAMPLERS, "max_replicas": SAMPLERS, "min_chunk_seconds": CHUNK_SECONDS}}],
-    )
+    ).override(models=[{"model": "random", "sampler": sampler}])
     limits = httpx.Limits(max_connections=None)
     with run_service(config) as url, httpx.Client(base_url=url, timeout=120, limits=limits) as http:
         yield Service(url, http, folder / "store", folder / "spans.jsonl")

@@ -21,7 +21,7 @@ BEGUN = T + 0.5  # of the first sampling
 # Three whole chunks of 33 frames, 1.375 s each at 24 fps, and one that is cut to 21, 0.875 s: 120 frames, 5 s.
 SPEC = VideoSpec(
     prompt="a red fox in snow",
-    model="demo",
+    model="random",
     width=128,
     height=128,
     seconds=5.0,

@@ -29,8 +29,8 @@ pytestmark = pytest.mark.ray
 
 PROMPT = "a red sun over a blue sea"
 SIZE = "64x64"
-CHUNK_SECONDS = 0.5  # of sampling, paced, of the model demo-mid: so that its progress can be watched
-STEPS = {"demo": "1,1,1", "demo-base": "2", "demo-mid": "1,1,1"}
+CHUNK_SECONDS = 0.5  # of sampling, paced, of the model random-mid: so that its progress can be watched
+STEPS = {"random": "1,1,1", "random-base": "2", "random-mid": "1,1,1"}
 
 PICTURE = ("picture.png", media_files.image("PNG"), "image/png")
 CLIP = ("clip.mp4", media_files.video(48), "video/mp4")
@@ -42,9 +42,9 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         store=str(tmp_path_factory.mktemp("store")), port=free_port(), testing=True, torch_threads=1
     ).override(
         models=[
-            {"model": "demo"},
-            {"model": "demo-base"},
-            {"model": "demo-mid", "sampler": {"min_chunk_seconds": CHUNK_SECONDS}},
+            {"model": "random"},
+            {"model": "random-base"},
+            {"model": "random-mid", "sampler": {"min_chunk_seconds": CHUNK_SECONDS}},
         ]
     )
     with run_service(config) as url:
@@ -59,7 +59,7 @@ def client(url: str) -> Iterator[OpenAI]:
 
 def create(client: OpenAI, **wanted: Any) -> Video:
     """A small and quick video, unless `wanted` says otherwise."""
-    extra = {"steps": STEPS[wanted.get("model", "demo")], **wanted.pop("extra_body", {})}
+    extra = {"steps": STEPS[wanted.get("model", "random")], **wanted.pop("extra_body", {})}
     return client.videos.create(**{"prompt": PROMPT, "size": SIZE, "seconds": "1", **wanted}, extra_body=extra)
 
 
@@ -81,8 +81,8 @@ def frames_of(data: bytes) -> list[tuple[int, int]]:
 
 
 def test_create_poll_retrieve_and_download(client: OpenAI, url: str, tmp_path: Path) -> None:
-    created = client.videos.create(prompt=PROMPT, model="demo", size="128x64", seconds="2")
-    assert (created.object, created.status, created.model) == ("video", "queued", "demo")
+    created = client.videos.create(prompt=PROMPT, model="random", size="128x64", seconds="2")
+    assert (created.object, created.status, created.model) == ("video", "queued", "random")
     assert (created.size, created.seconds, created.prompt) == ("128x64", "2", PROMPT)
     video = client.videos.poll(created.id)
     assert (video.id, video.status, video.progress, video.error) == (created.id, "completed", 100, None)
@@ -123,7 +123,7 @@ def test_the_service_says_how_soon_to_ask_again(client: OpenAI) -> None:
 
 
 def test_progress_moves_chunk_by_chunk(client: OpenAI) -> None:
-    video = create(client, model="demo-mid", seconds=str(5 * 33 / 24), extra_body={"guidance_scale": 1})
+    video = create(client, model="random-mid", seconds=str(5 * 33 / 24), extra_body={"guidance_scale": 1})
     seen = [(video.status, video.progress)]
     while video.status in ("queued", "in_progress"):
         video = client.videos.retrieve(video.id)
@@ -225,10 +225,10 @@ def test_extra_fields_as_text_and_as_lists(client: OpenAI) -> None:
 
 def test_guidance_and_negative_prompt(client: OpenAI) -> None:
     def wanted(**extra: object) -> bytes:
-        return made(client, model="demo-base", extra_body={"guidance_scale": 3, **extra})
+        return made(client, model="random-base", extra_body={"guidance_scale": 3, **extra})
 
     assert wanted() == wanted(negative_prompt="") != wanted(negative_prompt="blurry")
-    assert wanted() != made(client, model="demo-base", extra_body={"guidance_scale": 1})
+    assert wanted() != made(client, model="random-base", extra_body={"guidance_scale": 1})
 
 
 # Refusals
@@ -242,11 +242,11 @@ UNPROCESSABLE: dict[str, tuple[dict[str, Any], str, list[str]]] = {
         {"extra_body": {"guidance_scale": 5}}, "guidance_scale", ["5", "allowed: 1", "distilled"],
     ),
     "steps of a base model": (
-        {"model": "demo-base", "extra_body": {"steps": [1, 1, 1]}}, "steps", ["[1, 1, 1]", "1 whole number", "base"],
+        {"model": "random-base", "extra_body": {"steps": [1, 1, 1]}}, "steps", ["[1, 1, 1]", "1 whole number", "base"],
     ),
     "steps in words": ({"extra_body": {"steps": "few"}}, "steps", ["few", "a list of whole numbers"]),
     "steps of a mid model": (
-        {"model": "demo-mid", "extra_body": {"steps": "2"}}, "steps", ["[2]", "3 whole numbers", "mid"],
+        {"model": "random-mid", "extra_body": {"steps": "2"}}, "steps", ["[2]", "3 whole numbers", "mid"],
     ),
     "prompts too late": (
         {"extra_body": {"prompts": [{"at_seconds": 3, "prompt": "a storm"}]}}, "prompts", ["3", "less than seconds 1"],
@@ -274,14 +274,14 @@ def test_a_refused_video(client: OpenAI, name: str) -> None:
 
 def test_models(client: OpenAI) -> None:
     models = {model.id: model for model in client.models.list()}
-    assert list(models) == ["demo", "demo-base", "demo-mid"]
+    assert list(models) == ["random", "random-base", "random-mid"]
     for model_id, model in models.items():
         assert client.models.retrieve(model_id) == model
         assert model.model_extra is not None
         assert model.model_extra["tasks"] == ["text-to-video", "image-to-video", "video-to-video"]
     for ask in (lambda: client.models.retrieve("sora-2"), lambda: client.videos.create(prompt="a", model="sora-2")):
         with pytest.raises(
-            openai.NotFoundError, match="model is 'sora-2'; served: demo, demo-base, demo-mid"
+            openai.NotFoundError, match="model is 'sora-2'; served: random, random-base, random-mid"
         ) as missing:
             ask()
         assert (missing.value.param, missing.value.code) == ("model", "model_not_found")

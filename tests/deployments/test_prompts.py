@@ -10,6 +10,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from deployments.making import InputLost, ReplicaLost
 from deployments.records import VideoRecord
 from deployments.store import StoreUnavailable, new_video_id
 from deployments.turns import Turns
+from helios_core.checkpoints import KNOWN_MODELS
 from helios_core.errors import MediaError
 from tests.deployments.conftest import LocalService, serving
 from tests.deployments.test_content import delete, ended, stored
@@ -60,7 +62,7 @@ async def held(service: LocalService, point: str, **fields: Any) -> tuple[str, G
 
 
 def one_sampler(service: LocalService) -> Turns:
-    turns = service.director._turns["demo"]
+    turns = service.director._turns["random"]
     turns._samplers = lambda: 1
     return turns
 
@@ -85,6 +87,7 @@ async def test_a_change_that_is_sent_is_one_that_was_scheduled(service: LocalSer
         "at_seconds": chunk * CHUNK,
         "prompt": FOREST,
         "transition_chunks": 2,
+        "note": None,
     }
     in_force = {"chunk": chunk, **scheduled(chunk, FOREST, transition_chunks=2)}
     assert (await show(service, video_id))["prompts"] == [in_force]
@@ -143,10 +146,10 @@ async def test_a_change_takes_the_place_of_a_scheduled_one_at_its_chunk(service:
     assert essence(made) == await expected(service, scheduled(1, FOREST), scheduled(3, "a city"))
 
 
-@pytest.mark.parametrize("model", ["demo-base", "demo-mid"])
+@pytest.mark.parametrize("model", ["random-base", "random-mid"])
 async def test_guided_videos_take_changes_too(tmp_path: Path, model: str) -> None:
     guided = {
-        "steps": [2] if model == "demo-base" else [1, 1, 1],
+        "steps": [2] if model == "random-base" else [1, 1, 1],
         "guidance_scale": 3.0,
         "negative_prompt": "blurred",
         "seconds": 2 * CHUNK,
@@ -480,3 +483,35 @@ async def test_unprocessable(service: LocalService) -> None:
     for fields, param, words in CHANGES:
         await refused(f"/{video_id}/prompt", fields, param, words)
     assert (await show(service, video_id))["prompts"] == []
+
+
+# Words that a model knows
+
+
+async def test_unknown_words_are_noted_and_make_a_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = {"colour": ("red", "blue"), "thing": ("sun",)}
+    monkeypatch.setitem(KNOWN_MODELS, "random", replace(KNOWN_MODELS["random"], vocabulary=words))
+    note = f"the model random knows no word of {FOREST!r} and "
+    async with serving(tmp_path, "random", "random-base") as service:
+        models = (await service.http.get("/v1/models")).json()["data"]
+        assert [model["vocabulary"] for model in models] == [{"colour": ["red", "blue"], "thing": ["sun"]}, None]
+
+        video_id, gate = await held(service, "sample 1")
+        assert (await show(service, video_id))["note"] is None
+        assert (await changed(service, video_id, "a blue sea"))["note"] is None
+        assert (await changed(service, video_id, FOREST))["note"].startswith(note)
+        record = await finish(service, video_id, gate)
+        assert [each.prompt for each in record.spec.prompts] == [FOREST]
+        (listed,) = (await service.http.get("/v1/videos")).json()["data"]
+        assert listed["note"].startswith(note) and listed == await show(service, video_id)
+
+        for path, fields in (("extend", {"seconds": CHUNK}), ("fork", {"chunk": 0}), ("remix", {})):
+            known = await post(service, f"/{video_id}/{path}", prompt="a red sun", **fields)
+            unknown = await post(service, f"/{video_id}/{path}", prompt=FOREST, **fields)
+            assert (known["note"] is None) == (path != "extend"), "an extension's first prompts stay"
+            assert unknown["note"].startswith(note) and "; it knows colour: red, blue; thing: sun" in unknown["note"]
+        any_words = await post(service, **{**BODY, "prompt": FOREST, "model": "random-base", "steps": [1]})
+        assert any_words["note"] is None
+
+    async with serving(tmp_path, "random-base") as service:
+        assert (await show(service, video_id))["note"] is None, "its model is served no more"

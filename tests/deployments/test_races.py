@@ -194,7 +194,7 @@ class World:
         chunks = draw.randint(1, 5)
         spec = VideoSpec(
             prompt=f"video {k}",
-            model="demo",
+            model="random",
             width=64,
             height=64,
             seconds=(chunks * CHUNK_FRAMES - draw.choice((0, 5))) / 24,
@@ -505,7 +505,7 @@ class World:
         """Counts the race of a caller with what is under way."""
         for part in +video.under_way:
             self.saw(f"{what} while {part} is under way")
-        if self.director._turns["demo"].place(video.id) is not None:
+        if self.director._turns["random"].place(video.id) is not None:
             self.saw(f"{what} while it waits for its turn")
 
     async def get(self, video: Video) -> None:
@@ -574,7 +574,7 @@ class World:
         assert isinstance(loop, VirtualTime)
         gc.collect()  # an error that nobody heard of is told when its task is forgotten
         self.check(loop.timers() == [], f"timers are left: {loop.timers()}")
-        turns = director._turns["demo"]
+        turns = director._turns["random"]
         left = (turns.sampling, turns.waiting, turns._waiting, turns._turns, turns._look_again)
         self.check(left == (0, 0, {}, {}, None), f"turns are left: {left}")
         self.check(director._metrics._clocks == {}, "the metrics keep a video")
@@ -777,7 +777,7 @@ class RacingGraph:
 
     @property
     def models(self) -> list[str]:
-        return ["demo"]
+        return ["random"]
 
     def samplers(self, model: str) -> int:
         return self.world.samplers

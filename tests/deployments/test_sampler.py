@@ -18,14 +18,14 @@ from deployments.text_encoder import TextEncoder
 from deployments.watchdog import Overdue, Watchdog
 from helios_core.spec import VideoSpec
 
-SPEC = VideoSpec("a red sun", "demo", 64, 64, 2 * 33 / 24, 1, (2, 2, 2), False)
+SPEC = VideoSpec("a red sun", "random", 64, 64, 2 * 33 / 24, 1, (2, 2, 2), False)
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> Callable[[float], AppConfig]:
     def paced(min_chunk_seconds: float) -> AppConfig:
         config = AppConfig(store=str(tmp_path / "store"), trace_file=str(tmp_path / "spans"), testing=True)
-        return config.override(models=[{"sampler": {"min_chunk_seconds": min_chunk_seconds}}])
+        return config.override(models=[{"model": "random", "sampler": {"min_chunk_seconds": min_chunk_seconds}}])
 
     return paced
 
@@ -35,7 +35,7 @@ def call() -> Call:
 
 
 def sampler_of(config: AppConfig) -> Sampler:
-    return Sampler(config, config.models[0].sampler, "demo")
+    return Sampler(config, config.models[0].sampler, "random")
 
 
 async def sampled(sampler: Sampler, text: Any, state: Any = None, index: int = 0) -> Any:
@@ -48,7 +48,7 @@ async def test_a_cancelled_call_frees_the_sampler_within_one_step(
 ) -> None:
     """Paced at one step in ten minutes: whoever waited for a second one would wait in vain."""
     hour = config(3600.0)
-    text, _ = [item async for item in TextEncoder(hour, "demo").encode(call(), SPEC.prompt)]
+    text, _ = [item async for item in TextEncoder(hour, "random").encode(call(), SPEC.prompt)]
     sampler = sampler_of(hour)
     for _ in range(2):  # the second one gets its turn because the first one is gone
         calling = asyncio.ensure_future(sampled(sampler, text))
@@ -65,7 +65,7 @@ async def test_a_cancelled_call_frees_the_sampler_within_one_step(
 
 async def test_pace_changes_no_bit_and_inputs_may_come_from_the_store(config: Callable[[float], AppConfig]) -> None:
     store = Store(config(0.0).store)
-    text, stored_text = [item async for item in TextEncoder(config(0.0), "demo").encode(call(), SPEC.prompt)]
+    text, stored_text = [item async for item in TextEncoder(config(0.0), "random").encode(call(), SPEC.prompt)]
     first = await sampled(sampler_of(config(0.0)), text)
     stored_state = await store.put_state(new_video_id(1.0), 1, 1, first.to_bytes())
     assert isinstance(stored_text, StoredObject)

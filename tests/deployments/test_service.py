@@ -1,12 +1,9 @@
-"""The whole service with real processes: Ray, Serve, HTTP, the demo checkpoint."""
+"""The whole service with real processes: Ray, Serve, HTTP, the stand-in with random weights."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
-import shlex
 import subprocess
 import sys
 import time
@@ -33,13 +30,12 @@ from helios_core.config import CHUNK_FRAMES
 from helios_core.errors import HeliosError
 from helios_core.helios import Helios
 from helios_core.media.fragments import encode_fragment
-from tests.core.media_files import write_samples
 from tests.deployments.boxes import read_boxes, reader
 
 pytestmark = pytest.mark.ray
 
 PROMPT = "a red sun over a blue sea"
-HELIOS = [sys.executable, "-m", "deployments.cli"]
+GENERATE = [sys.executable, "-m", "deployments.cli", "generate", PROMPT, "--model", "random"]
 
 
 @dataclass
@@ -55,7 +51,7 @@ class Running:
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    config = AppConfig(store=str(tmp_path_factory.mktemp("store")), port=free_port())
+    config = AppConfig(store=str(tmp_path_factory.mktemp("store")), port=free_port()).with_model("random")
     with run_service(config) as url:
         yield Running(url, Store(config.store))
 
@@ -124,80 +120,16 @@ def test_service_command_line_and_library_make_the_same_video(
     by_service = finish(http, {"prompt": PROMPT, "seconds": 2.5, "seed": 11, "preset": "realtime"})
     path = tmp_path / "cli.mp4"
     options = ["-o", str(path), "--seconds", "2.5", "--seed", "11", "--steps", "1,1,1"]
-    subprocess.run([*HELIOS, "generate", PROMPT, *options], check=True, capture_output=True)
+    subprocess.run([*GENERATE, *options], check=True, capture_output=True)
     assert path.read_bytes() == by_service
 
     # H.264 is lossy, so frames of the library are compared by what they are encoded to.
     by_library = b""
-    for chunk in Helios.load("demo").stream(PROMPT, seconds=2.5, seed=11, preset="realtime"):
+    for chunk in Helios.load("random").stream(PROMPT, seconds=2.5, seed=11, preset="realtime"):
         first_frame = chunk.index * CHUNK_FRAMES
         fragment = encode_fragment(chunk.frames, chunk_index=chunk.index, first_frame=first_frame, fps=24)
         by_library += fragment.data if chunk.index else fragment.init + fragment.data
     assert by_library == by_service
-
-
-README = (Path(__file__).parents[2] / "README.md").read_text()
-BLOCKS = re.findall(r"^```([a-z]*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-CURLS = [
-    command
-    for kind, block in BLOCKS
-    if not kind
-    for command in re.findall(r"^curl (?:.*\\\n)*.*", block, re.MULTILINE)
-    if "/v1/" in command
-]
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current one, with picture.png and video.mp4 of 40 frames."""
-    monkeypatch.chdir(tmp_path)
-    write_samples(tmp_path, "video.mp4")
-    return tmp_path
-
-
-@pytest.mark.parametrize("command", CURLS, ids=lambda command: command.partition("\n")[0][:80])
-def test_what_the_readme_does_with_curl(service: Running, http: httpx.Client, folder: Path, command: str) -> None:
-    """One example per task, as it stands there, but for the port."""
-    long = "/prompt" in command  # it wants a video that is being made
-    body = {"prompt": PROMPT, "seconds": 600 if long else 2, "preset": "realtime"}
-    asked = http.post("/v1/videos", json=body).json()
-    if not long:
-        assert http.get(f"/v1/videos/{asked['id']}/content").status_code == 200  # to its end
-    run = subprocess.run(
-        ["bash", "-c", command.replace("http://127.0.0.1:8000", service.url).replace("curl ", "curl -sS --fail ", 1)],
-        env={"PATH": os.environ["PATH"], "ID": asked["id"]},
-        capture_output=True,
-        check=True,
-    )
-    if output := re.search(r"-o (\S+)", command):
-        with av.open(output[1]) as video:
-            assert sum(1 for _ in video.decode(video=0)) == 24 * int(re.findall(r'seconds"?[=:] ?(\d+)', command)[0])
-    else:
-        answer = json.loads(run.stdout)
-        assert answer["object"] == ("video.prompt" if long else "video")
-        http.delete(f"/v1/videos/{answer['id']}")
-
-
-def test_what_the_readme_does_in_python(service: Running, folder: Path) -> None:
-    blocks = [block for kind, block in BLOCKS if kind == "python"]
-    assert len(blocks) == 2
-    for block in blocks:
-        exec(compile(block.replace("http://127.0.0.1:8000", service.url), "README.md", "exec"), {})
-    with av.open("video.mp4") as video:  # what OpenAI's client downloaded
-        assert sum(1 for _ in video.decode(video=0)) == 96
-
-
-def test_what_the_readme_does_without_a_service(folder: Path) -> None:
-    (block,) = [block for kind, block in BLOCKS if not kind and "helios generate" in block]
-    commands = [shlex.split(line.removeprefix("helios ")) for line in block.splitlines()]
-    assert [name for command in commands for name in ("--image", "--video") if name in command] == [
-        "--image",
-        "--video",
-    ]
-    for command in commands:
-        subprocess.run([*HELIOS, *command], check=True, capture_output=True)
-        with av.open(command[command.index("-o") + 1]) as video:
-            assert sum(1 for _ in video.decode(video=0)) == (192 if "--seconds" in command else 120)
 
 
 @pytest.mark.parametrize("kind", ["image", "video"])
@@ -207,13 +139,13 @@ def test_service_and_command_line_make_the_same_video_of_an_upload(http: httpx.C
     upload = {"input_reference": Path(file).read_bytes()}
     by_service = http.post("/v1/videos/stream", data=fields, files=upload).content
     options = ["-o", "cli.mp4", "--seconds", "2.5", "--seed", "11", "--preset", "realtime", f"--{kind}", file]
-    subprocess.run([*HELIOS, "generate", PROMPT, *options], check=True, capture_output=True)
+    subprocess.run([*GENERATE, *options], check=True, capture_output=True)
     assert Path("cli.mp4").read_bytes() == by_service
 
 
 def test_created_videos_are_made_unwatched(http: httpx.Client) -> None:
     created = http.post("/v1/videos", json={"prompt": PROMPT, "seconds": "2", "seed": 5, "steps": [1, 1, 1]}).json()
-    assert (created["object"], created["status"], created["model"]) == ("video", "queued", "demo")
+    assert (created["object"], created["status"], created["model"]) == ("video", "queued", "random")
     assert (created["seconds"], created["size"], created["frames"]) == ("2", "128x64", 48)
     content = http.get(f"/v1/videos/{created['id']}/content").content
     assert http.get(f"/v1/videos/{created['id']}").json()["status"] == "completed"
@@ -266,7 +198,7 @@ def test_log_lines_name_video_and_trace_and_hide_the_prompt(http: httpx.Client) 
 
 def test_models_and_health(http: httpx.Client) -> None:
     (model,) = http.get("/v1/models").json()["data"]
-    assert (model["id"], model["variant"], model["size_multiple"]) == ("demo", "distilled", 64)
+    assert (model["id"], model["variant"], model["size_multiple"]) == ("random", "distilled", 64)
     assert model["presets"] == {"realtime": [1, 1, 1], "quality": [2, 2, 2]}
     assert http.get("/healthz").json() == {"status": "alive"}
     assert http.get("/readyz").json()["status"] == "ready"
@@ -282,9 +214,7 @@ def test_memory_of_the_sampler_does_not_grow(http: httpx.Client) -> None:
 def test_memory_of_generate_does_not_grow() -> None:
     seconds = str(41 * 33 / 24)
     options = ["--seconds", seconds, "--preset", "realtime", "-o", "/dev/stdout"]
-    with subprocess.Popen(
-        [*HELIOS, "generate", PROMPT, *options], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    ) as process:
+    with subprocess.Popen([*GENERATE, *options], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         assert process.stdout is not None
         early, late = held_memory(process.stdout.read, psutil.Process(process.pid))
     assert process.returncode == 0

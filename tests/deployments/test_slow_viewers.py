@@ -47,7 +47,7 @@ class Service:
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     config = AppConfig(
         store=str(tmp_path_factory.mktemp("store")), port=free_port(), testing=True, torch_threads=1, haproxy=True
-    ).override(models=[{"sampler": {"min_chunk_seconds": CHUNK_SECONDS}}])
+    ).override(models=[{"model": "random", "sampler": {"min_chunk_seconds": CHUNK_SECONDS}}])
     with run_service(config) as url, httpx.Client(base_url=url, timeout=120) as http:
         yield Service(url, http, config.store)
 
@@ -55,7 +55,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 async def store_large_video(url: str) -> VideoRecord:
     """A finished video of 48 MB, as the service stores one. Its fragments need not be playable here."""
     store = Store(url)
-    spec = VideoSpec("large", "demo", 128, 64, FRAGMENTS * 33 / 24, 1, (1, 1, 1), False)
+    spec = VideoSpec("large", "random", 128, 64, FRAGMENTS * 33 / 24, 1, (1, 1, 1), False)
     request = VideoRequestRecord(id=new_video_id(time.time()), created_at=1.0, spec=spec, traceparent="")
     timings = Timings(
         sample_started_at=1.0, sample_seconds=0.0, decode_seconds=0.0, encode_seconds=0.0, store_seconds=0.0

@@ -53,7 +53,7 @@ class Memory:
 @pytest.fixture(scope="module")
 def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     config = AppConfig(store=str(tmp_path_factory.mktemp("store")), port=free_port(), torch_threads=1)
-    with run_service(config) as url, httpx.Client(base_url=url, timeout=120) as client:
+    with run_service(config.with_model("random")) as url, httpx.Client(base_url=url, timeout=120) as client:
         yield client
 
 

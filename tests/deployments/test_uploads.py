@@ -75,7 +75,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     config = AppConfig(store=str(store), port=free_port(), torch_threads=1, max_body_bytes=MAX_TEXT_BYTES).override(
         uploads={"max_bytes": MAX_BYTES}
     )
-    with run_service(config) as url, httpx.Client(base_url=url, timeout=60) as http:
+    with run_service(config.with_model("random")) as url, httpx.Client(base_url=url, timeout=60) as http:
         yield Service(url, http, store)
 
 

@@ -65,7 +65,7 @@ async def test_a_page_shows_running_videos_as_they_stand(service: LocalService) 
 
 async def test_the_queue_position_is_told(service: LocalService) -> None:
     video_id, _ = await put_video(service)
-    assert video_object(VideoStatus.of(await stored(service, video_id), 3))["queue_position"] == 3
+    assert video_object(VideoStatus.of(await stored(service, video_id), 3), None)["queue_position"] == 3
 
 
 # Tracing and metrics

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -20,7 +19,7 @@ from diffusers import (
 )
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from helios_core.demo.checkpoint import write_tokenizer
+from helios_core.demo.stand_in import character_tokenizer
 
 
 @dataclass(frozen=True)
@@ -68,13 +67,12 @@ def make_scheduler(variant: str) -> Any:
     return HeliosDMDScheduler(use_dynamic_shifting=True, time_shift_type="linear")
 
 
-def make_pipeline(variant: str, geometry: Geometry, folder: Path) -> Any:
-    """A pipeline of this variant and shape with random weights. `folder` takes its tokenizer's file."""
+def make_pipeline(variant: str, geometry: Geometry) -> Any:
+    """A pipeline of this variant and shape with random weights."""
     torch.manual_seed(geometry.width + geometry.height)
-    write_tokenizer(folder)
     parts = {
         "tokenizer": PreTrainedTokenizerFast(
-            tokenizer_file=str(folder / "tokenizer.json"),
+            tokenizer_object=character_tokenizer(),
             eos_token="</s>",
             pad_token="<pad>",
             unk_token="<unk>",

@@ -97,7 +97,7 @@ def pairs(*variants: str) -> pytest.MarkDecorator:
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     variant, name = request.param
     geometry, folder = GEOMETRIES[name], tmp_path_factory.mktemp(name)
-    reference = make_pipeline(variant, geometry, folder)
+    reference = make_pipeline(variant, geometry)
     reference.save_pretrained(folder / "saved")
     ours = Helios.load(str(folder / "saved"), device="cpu", dtype="float32")
     return Pair(geometry, reference, ours, *RUNS[variant])

@@ -96,7 +96,7 @@ def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], 
     def make(variant: str, geometry: str) -> Pair:
         if (variant, geometry) not in pairs:
             folder = tmp_path_factory.mktemp(f"{variant}-{geometry}")
-            reference = make_pipeline(variant, GEOMETRIES[geometry], folder)
+            reference = make_pipeline(variant, GEOMETRIES[geometry])
             reference.save_pretrained(folder / "saved")
             ours = Helios.load(str(folder / "saved"), device="cpu", dtype="float32")
             assert ours.card.variant.name == variant
