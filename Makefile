@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export PROMPT ?= a red sun over a blue sea, drifting left
 
-.PHONY: demo serve test check format figures faults
+.PHONY: demo serve test check format figures faults demo-scores demo-checkpoint
 
 demo: $(VENV)/run.stamp  ## start the service, stream one video into video.mp4, stop
 	$(BIN)/helios demo "$$PROMPT" -o video.mp4
@@ -30,6 +30,12 @@ faults: $(VENV)/dev.stamp  ## every kill, ten seeded trials each
 
 figures: $(VENV)/dev.stamp  ## every measured figure of the README, measured again
 	$(BIN)/python -m load_tests.figures
+
+demo-scores: $(VENV)/run.stamp  ## how often the demo model does what it is asked: the README's table of scores
+	$(BIN)/python -m helios_core.demo.evaluate
+
+demo-checkpoint: $(VENV)/run.stamp  ## the demo model from nothing, on two cores in at most 90 minutes
+	MALLOC_TRIM_THRESHOLD_=4294967296 $(BIN)/python -m helios_core.demo.train helios_core/demo/model
 
 # Versions are those of constraints.txt. PyPI's torch for Linux brings gigabytes of CUDA libraries: for a machine without
 # a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu takes the small build instead.

@@ -1,7 +1,8 @@
 """`make figures`: what the README says of speed, measured again on this machine, over HTTP alone.
 
-First one video at a time, then eight at once on two samplers whose chunks are paced: there the trace tells how long a
-sampler stands idle between two chunks. Prints one Markdown table for people; the last line is the same as JSON.
+First one video of the demo model at a time; the trace tells each part's share of its time. Then eight videos at once on
+two samplers whose chunks are paced: there it tells how long a sampler stands idle between two chunks. Prints one
+Markdown table for people; the last line is the same as JSON.
 """
 
 from __future__ import annotations
@@ -29,21 +30,22 @@ REPEATS = 5
 VIDEOS = 8
 BODY = {"prompt": "a red sun over a blue sea, drifting left", "seconds": 33 * 8 / 24, "steps": [1, 1, 1]}
 FRAMES = 33 * 8
+PARTS = ("encode prompt", "sample", "decode", "encode", "store", "commit")  # spans that do work
+PACED = (
+    "testing: true\nmodels: [{model: random, sampler: {min_replicas: 2, max_replicas: 2, min_chunk_seconds: 0.5}}]\n"
+)
 
 
 def main() -> None:
-    with running_service() as (url, start, _):
+    with running_service() as (url, start, trace_file):
         stream(url)  # warms up
         runs = [stream(url) for _ in range(REPEATS)]
-    with running_service("testing: true\nsampler: {min_replicas: 2, max_replicas: 2, min_chunk_seconds: 0.5}\n") as (
-        url,
-        _,
-        trace_file,
-    ):
+        shares = parts(trace_file, {run["video_id"] for run in runs})
+    with running_service(PACED) as (url, _, trace_file):
         with ThreadPoolExecutor(VIDEOS) as pool:
             list(pool.map(stream, [url] * VIDEOS))
         pauses, hops = idle_times(trace_file)
-    report(start, runs, pauses, hops)
+    report(start, runs, shares, pauses, hops)
 
 
 @contextmanager
@@ -68,13 +70,24 @@ def running_service(config: str = "{}") -> Iterator[tuple[str, float, Path]]:
                 service.terminate()
 
 
+def parts(trace_file: Path, videos: set[str]) -> dict[str, float]:
+    """Of the time of these videos, from acceptance to end, the share in which each part works; they overlap."""
+    spans = [json.loads(line) for line in trace_file.read_text().splitlines()]
+    traces = {span["context"]["trace_id"] for span in spans if span["attributes"].get("video_id") in videos}
+    spent = dict.fromkeys(("video", *PARTS), 0.0)
+    for span in spans:
+        if span["context"]["trace_id"] in traces and span["name"] in spent:
+            spent[span["name"]] += at(span, "end_time") - at(span, "start_time")
+    return {part: spent[part] / spent["video"] for part in PARTS}
+
+
+def at(span: dict[str, Any], which: str) -> float:
+    return datetime.fromisoformat(span[which]).timestamp()
+
+
 def idle_times(trace_file: Path) -> tuple[list[float], list[float]]:
     """Seconds that each sampler stood idle between two chunks; seconds from a video's turn to its sampling."""
     spans = [json.loads(line) for line in trace_file.read_text().splitlines()]
-
-    def at(span: dict[str, Any], which: str) -> float:
-        return datetime.fromisoformat(span[which]).timestamp()
-
     samples = sorted((span for span in spans if span["name"] == "sample"), key=lambda span: at(span, "start_time"))
     turns = {span["parent_id"]: at(span, "end_time") for span in spans if span["name"] == "wait"}
     hops = [at(span, "start_time") - turns[span["parent_id"]] for span in samples]
@@ -98,8 +111,8 @@ def wait_until_ready(url: str, service: subprocess.Popen[bytes]) -> None:
             time.sleep(0.05)
 
 
-def stream(url: str) -> dict[str, float]:
-    """Watches one video live. Seconds to the first fragment, frames per second after it, the sampler's share."""
+def stream(url: str) -> dict[str, Any]:
+    """Watches one video live. Its id, the seconds to the first fragment, the frames per second after it."""
     request = urllib.request.Request(
         f"{url}/v1/videos/stream", json.dumps(BODY).encode(), {"Content-Type": "application/json"}
     )
@@ -113,17 +126,17 @@ def stream(url: str) -> dict[str, float]:
             if not first and size > 2000:  # more than the head of the file, which comes with the first fragment
                 first = time.perf_counter() - begin
     total = time.perf_counter() - begin
-    with urllib.request.urlopen(f"{url}/v1/videos/{video_id}") as answer:
-        sampled = json.load(answer)["usage"]["sampler_seconds"]
-    return {"first": first, "rate": (FRAMES - 33) / (total - first), "share": sampled / total}
+    return {"video_id": video_id, "first": first, "rate": (FRAMES - 33) / (total - first)}
 
 
-def report(start: float, runs: list[dict[str, float]], pauses: list[float], hops: list[float]) -> None:
+def report(
+    start: float, runs: list[dict[str, Any]], shares: dict[str, float], pauses: list[float], hops: list[float]
+) -> None:
     figures: dict[str, Any] = {
         "service ready after (s)": round(start, 1),
         "first fragment after the request (s)": spread([run["first"] for run in runs]),
         "frames per second after it": spread([run["rate"] for run in runs]),
-        "share of a video's time in which its sampler works": spread([run["share"] for run in runs]),
+        **{f"share of a video's time in which it is busy: {part}": f"{share:.0%}" for part, share in shares.items()},
         "8 videos, 2 samplers: a sampler idle between two chunks of 0.5 s (s)": quantiles(pauses),
         "8 videos, 2 samplers: from a turn to its sampling (s)": quantiles(hops),
     }
