@@ -1,4 +1,7 @@
-"""The command line: `helios serve | generate | demo | download | trace`. Heavy imports wait for their command."""
+"""The command line: `helios serve | generate | demo | score | download | trace`.
+
+Heavy imports wait for their command.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from helios_core.config import CHUNK_FRAMES
+from helios_core.demo.words import vocabulary
 from helios_core.errors import HeliosError, InvalidInput
 from helios_core.spec import PromptAt, VideoRequest
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
+WORDS = "\n\n".join(f"{kind}: {', '.join(words)}" for kind, words in vocabulary().items())  # a paragraph for each
 Model = Annotated[str, typer.Option(help="demo, a folder in the official layout, or a hub id")]
 
 
@@ -71,7 +76,7 @@ def serve(
         console.print("stopping")
 
 
-@app.command()
+@app.command(epilog=f"What the demo model understands, in prompts like 'a red sun over a blue sea':\n\n{WORDS}")
 def generate(
     prompt: str,
     output: Annotated[Path, typer.Option("-o", "--output", help="MP4 file to write")] = Path("out.mp4"),
@@ -202,6 +207,29 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@app.command()
+def score(
+    video: Annotated[Path, typer.Argument(help="a video file of two seconds or more")],
+    prompt: Annotated[
+        str | None, typer.Option(help="what the demo model was asked for, to see whether it came")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="JSON file to write")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="PNG file to write")] = None,
+) -> None:
+    """Measure how well a video hangs together, and with a prompt whether it is right."""
+    from deployments.score_report import document, measure, plot, table
+
+    for option, path in (("json", json_file), ("plot", plot_file)):
+        if path is not None:
+            check_writable(option, path)
+    report = measure(video, prompt)
+    Console().print(table(report))
+    if json_file is not None:
+        json_file.write_text(json.dumps(document(report), indent=2) + "\n")
+    if plot_file is not None:
+        plot(report, plot_file)
 
 
 @app.command()

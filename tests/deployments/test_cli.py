@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import shutil
 import subprocess
@@ -12,13 +14,17 @@ from pathlib import Path
 import av
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from deployments.cli import main
 from deployments.config import AppConfig
 from deployments.store import Store
 from helios_core.demo.stand_in import write_checkpoint
+from helios_core.demo.words import Scene, vocabulary
+from helios_core.demo.world import film
 from helios_core.helios import Helios
+from helios_core.media.fragments import encode_fragment
 from helios_core.spec import Limits
 
 ROOT = Path(__file__).parents[2]
@@ -340,3 +346,109 @@ def test_generate_in_a_process_writes_what_it_writes_here(helios: Run, tmp_path:
     assert (run.returncode, run.stdout) == (0, ""), run.stderr
     assert helios(*arguments, "here.mp4")[0] == 0
     assert Path("here.mp4").read_bytes() == (tmp_path / "there.mp4").read_bytes()
+
+
+def test_generate_says_what_the_demo_model_understands(tmp_path: Path) -> None:
+    run = subprocess_run(tmp_path, "generate", "--help")
+    assert run.returncode == 0
+    for kind, words in vocabulary().items():
+        assert f"{kind}: {', '.join(words)}" in " ".join(run.stdout.split())
+
+
+# ── score ────────────────────────────────────────────────────────────────────
+
+SCENE = Scene("red", "disc", "blue", "sea", motion="left")
+PROMPT = "a red sun over a blue sea, drifting left"
+
+
+def write_film(path: Path, frames: int = 66, size: tuple[int, int] = (128, 64)) -> None:
+    film_TCHW = film(SCENE, (1.0, 0.34), frames, size).clamp(0, 1)
+    pixels = (film_TCHW * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    fragment = encode_fragment(pixels, chunk_index=0, first_frame=0, fps=24)
+    path.write_bytes(fragment.init + fragment.data)
+
+
+def test_score_writes_what_it_found(helios: Run) -> None:
+    write_film(Path("film.mp4"))
+    prompt = PROMPT.replace("blue", "green")
+    assert helios("score", "film.mp4", "--prompt", prompt, "--json", "film.json", "--plot", "film.png") == (0, "")
+    document = json.loads(Path("film.json").read_text())
+    assert document["found"] == dataclasses.asdict(SCENE)
+    assert [name for name, right in document["right"].items() if not right] == ["ground_colour"]
+    assert document["percent"] == 80
+    assert document["percent_per_second"] == [80, 80]
+    assert (document["video"], document["frames"], document["fps"]) == ("film.mp4", 66, 24)
+    assert [len(document[name]) for name in ("sharpness", "drift", "seams")] == [2, 2, 1]
+    assert document["track"]["frame"] == list(range(0, 66, 4))
+    assert document["track"]["x"] == pytest.approx([1 - t / 66 for t in range(0, 66, 4)], abs=0.02)
+    with Image.open("film.png") as plot:
+        assert plot.format == "PNG"
+        assert len(plot.getcolors(plot.width * plot.height) or ()) > 3  # drawn on
+    assert sorted(path.name for path in Path.cwd().iterdir()) == ["film.json", "film.mp4", "film.png"]
+
+
+def test_score_prints_one_table(tmp_path: Path) -> None:
+    write_film(tmp_path / "film.mp4")
+    run = subprocess_run(tmp_path, "score", "film.mp4", "--prompt", PROMPT.replace("left", "right"))
+    assert (run.returncode, run.stderr) == (0, "")
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in run.stdout.splitlines() if "│" in line]
+    cells = {row[0]: row[1:] for row in rows}
+    assert cells["object colour"] == ["red", "as asked"]
+    assert cells["sky colour"] == ["-", "not asked for"]
+    assert cells["motion"] == ["left", "asked for: right"]
+    assert cells["right in the last 2 seconds"][0] == "80 %"
+    assert {"similarity", "sharpness", "colour drift", "seam strength"} <= cells.keys()
+
+
+def test_score_without_a_prompt_takes_any_video(helios: Run) -> None:
+    write_film(Path("film.mp4"), size=(64, 96))
+    assert helios("score", "film.mp4", "--json", "film.json", "--plot", "film.png") == (0, "")
+    document = json.loads(Path("film.json").read_text())
+    assert document["similarity"] > 0.9
+    assert "found" not in document
+    assert Path("film.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("write", "words"),
+    [
+        (lambda path: None, ["film.mp4", "can be decoded", "No such file"]),
+        (lambda path: path.mkdir(), ["film.mp4", "can be decoded", "directory"]),
+        (lambda path: path.write_bytes(b""), ["film.mp4", "can be decoded", "Invalid data"]),
+        (lambda path: path.write_text("no video " * 99), ["film.mp4", "can be decoded", "Invalid data"]),
+        (lambda path: write_film(path, frames=33), ["a video of 33 frames (1.38 s)", "2 s or more"]),
+        (lambda path: write_film(path, size=(64, 64)), ["frames of (64, 64, 3)", "twice as wide as high"]),
+    ],
+    ids=["missing", "folder", "empty", "text", "too short", "square"],
+)
+def test_score_refuses_what_is_no_video_for_it(helios: Run, write: Callable[[Path], object], words: list[str]) -> None:
+    write(Path("film.mp4"))
+    status, stderr = helios("score", "film.mp4", "--prompt", PROMPT, "--json", "film.json", "--plot", "film.png")
+    assert status == 2
+    assert_one_line(stderr, words)
+    assert not Path("film.json").exists()
+    assert not Path("film.png").exists()
+
+
+def test_score_refuses_a_video_that_is_cut_off(helios: Run) -> None:
+    write_film(Path("film.mp4"))
+    os.truncate("film.mp4", Path("film.mp4").stat().st_size - 50)
+    status, stderr = helios("score", "film.mp4")
+    assert status == 2
+    assert_one_line(stderr, ["film.mp4", "can be decoded"])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--prompt", "a cat"], ["prompt is 'a cat'", "sun, moon", "left, right"]),
+        (["--json", "missing/film.json"], ["json is 'missing/film.json'", "can be written"]),
+        (["--plot", "."], ["plot is '.'", "can be written"]),
+    ],
+)
+def test_score_refuses_bad_options(helios: Run, options: list[str], words: list[str]) -> None:
+    write_film(Path("film.mp4"), frames=48)
+    status, stderr = helios("score", "film.mp4", *options)
+    assert status == 2
+    assert_one_line(stderr, words)
+    assert [path.name for path in Path.cwd().iterdir()] == ["film.mp4"]
