@@ -146,14 +146,14 @@ def sample_chunk(
     noise = chunk_noise((1, c, CHUNK_LATENTS, h, w), generator)
     latents = noise.to(model.device)
     for _ in stages[1:]:
-        latents = _halve(latents)
+        latents = halve(latents)
 
     for stage in stages:
         # Counted before the upsampling, as in the reference, and so as in training: a stage's noise levels are shifted
         # for the size of the stage before.
         tokens = latents[0, 0].numel() // TOKEN_AREA
         if stage.index > 0:
-            latents = _double(latents)
+            latents = double(latents)
             renoise = block_noise(tuple(latents.shape), scheduler.gamma, generator)
             latents = stage.signal * latents + stage.noise * renoise.to(model.device, model.dtype)
 
@@ -162,7 +162,7 @@ def sample_chunk(
     return state.after(latents, generator)
 
 
-def _halve(latents_BCTHW: Tensor) -> Tensor:
+def halve(latents_BCTHW: Tensor) -> Tensor:
     """Half the height and width; doubled, because averaging four independent values halves their deviation."""
     _, _, t, h, w = latents_BCTHW.shape
     frames = rearrange(latents_BCTHW, "b c t h w -> (b t) c h w")
@@ -170,7 +170,7 @@ def _halve(latents_BCTHW: Tensor) -> Tensor:
     return rearrange(frames, "(b t) c h w -> b c t h w", t=t)
 
 
-def _double(latents_BCTHW: Tensor) -> Tensor:
+def double(latents_BCTHW: Tensor) -> Tensor:
     """Twice the height and width, each value repeated over its 2x2 block."""
     t = latents_BCTHW.shape[2]
     frames = rearrange(latents_BCTHW, "b c t h w -> (b t) c h w")

@@ -1,0 +1,274 @@
+"""Trains the demo's transformer and its text encoder, as a distilled model, from nothing and without a teacher.
+
+The next chunk of a film of the world is a function of its prompt, its past and two numbers in the noise. So the clean
+latents of every stage can be learnt directly, at the noise levels that sampling with few steps meets: the first of a
+stage, and later ones on what the model itself made of the first.
+
+Shapes: B batch, K latent channels, T latent frames, h, w latent rows and columns, S text tokens, D text dim.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from torch import Tensor, nn
+from transformers import UMT5Config, UMT5EncoderModel
+
+from helios_core.config import TEXT_TOKENS, TransformerConfig
+from helios_core.demo import words
+from helios_core.demo.codec import LinearCodec
+from helios_core.demo.initial import initialise_text_encoder, initialise_transformer
+from helios_core.demo.layout import SCHEDULERS
+from helios_core.demo.lessons import Lesson, Lessons, Prompt, Rollouts
+from helios_core.sampling.chunk import TOKEN_AREA, double, halve
+from helios_core.sampling.noise import block_noise
+from helios_core.sampling.schedule import Stage, few_step_points, pyramid
+from helios_core.transformer.layers import Attention
+from helios_core.transformer.model import ChunkContext, HeliosTransformer, TextContext
+
+TRANSFORMER = TransformerConfig(
+    num_attention_heads=6,
+    attention_head_dim=32,
+    text_dim=64,
+    ffn_dim=512,
+    num_layers=4,
+    rope_dim=(12, 10, 10),
+)
+SCHEDULER = SCHEDULERS["distilled"]
+STAGES = pyramid(SCHEDULER)
+
+BATCH = {0: 32, 1: 12, 2: 8}  # chunks per step, by stage
+FULL_EVERY = 4  # the finer stages, which are easier, take part in one of so many steps
+STAGE_WEIGHT = {0: 2.0, 1: 1.0, 2: 1.0}
+ROLLED, ROLLOUTS = 0.4, 12  # in the last share of the steps the student also learns from its own videos, so many
+LATER_STEPS = 0.3  # share of the batches at a later step of a stage
+STEP_COUNTS = (2, 2, 3, 4, 4, 6)  # of a stage
+STAGE_NOISE = 0.12  # most noise (deviation) on the result of the stage before
+LEARNING_RATE, MUON_RATE = 2.2e-3, 6.6e-3
+FLAT = 0.3  # share of the steps at the full rate, before it falls to a tenth along a cosine
+WARM_UP = 30
+AVERAGE = 0.997  # decay of the moving average of the weights, which is what is kept
+CLIP = 1.0
+
+
+def make_tokenizer() -> Tokenizer:
+    """A Unigram tokenizer: a token for each word of a caption, characters and bytes for all others."""
+    special = ["<pad>", "</s>", "<unk>"]
+    said = sorted({word for kind in words.vocabulary().values() for word in kind} | _small_words())
+    vocabulary = [(piece, 0.0) for piece in special]
+    vocabulary += [(f"▁{word}", -4.0) for word in said]
+    vocabulary += [(character, -8.0) for character in ["▁", *(chr(c) for c in range(0x21, 0x7F))]]
+    vocabulary += [(f"<0x{byte:02X}>", -12.0) for byte in range(256)]
+    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=2, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.add_special_tokens(special)
+    return tokenizer
+
+
+def _small_words() -> set[str]:
+    """Those of the captions that stand for nothing."""
+    templates = " ".join([*words.TEMPLATES, *words.SKIES, *(lead for each in words.LEADS.values() for lead in each)])
+    return {"a", "an"} | {word for word in templates.replace(",", " ").split() if word.isalpha()}
+
+
+class TextAttention(Attention):
+    """Cross-attention whose last key stands for all the rows of a prompt that are zero.
+
+    They have one key and one value, so they are one row with a weight: a tenth of the work in training.
+    """
+
+    def forward(self, q_BLNH: Tensor, k_BSNH: Tensor, v_BSNH: Tensor) -> Tensor:
+        weight_S = torch.zeros(k_BSNH.shape[1])
+        weight_S[-1] = math.log(TEXT_TOKENS + 1 - k_BSNH.shape[1])
+        q, k, v = (heads.transpose(1, 2) for heads in (q_BLNH, k_BSNH, v_BSNH))
+        out_BNLH = F.scaled_dot_product_attention(q, k, v, attn_mask=weight_S[None, None, None])
+        out_BLD: Tensor = self.to_out(out_BNLH.transpose(1, 2).flatten(2))
+        return out_BLD
+
+
+class Student(nn.Module):
+    """What is trained: the transformer and the text encoder that it reads."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()
+        self.tokenizer = make_tokenizer()
+        self.transformer = HeliosTransformer(TRANSFORMER)
+        for block in self.transformer.blocks:
+            block.attn2 = TextAttention(TRANSFORMER)
+        initialise_transformer(self.transformer, generator)
+        torch.manual_seed(generator.initial_seed())  # transformers draws from the global one
+        self.text_encoder = UMT5EncoderModel(text_config(self.tokenizer))
+        initialise_text_encoder(self.text_encoder)
+
+    def text_context(self, prompts: list[Prompt]) -> TextContext:
+        """As HeliosTransformer.text_context, of blended prompts, for TextAttention."""
+        texts = [text for prompt in prompts for text, _ in prompt]
+        ids = [self.tokenizer.encode(text).ids for text in texts]
+        longest = max(len(each) for each in ids)
+        ids_BS = torch.tensor([each + [0] * (longest - len(each)) for each in ids])
+        mask_BS = torch.tensor([[1] * len(each) + [0] * (longest - len(each)) for each in ids])
+        hidden_BSD = self.text_encoder(input_ids=ids_BS, attention_mask=mask_BS).last_hidden_state
+        hidden_BSD = hidden_BSD * mask_BS[:, :, None]
+        share_PB = torch.zeros(len(prompts), len(texts))
+        column = iter(range(len(texts)))
+        for row, prompt in enumerate(prompts):
+            for _, share in prompt:
+                share_PB[row, next(column)] = share
+        rows_BSD = torch.einsum("pb,bsd->psd", share_PB, hidden_BSD)
+        embed = self.transformer.condition_embedder.text_embedder
+        zero = embed(torch.zeros(1, 1, TRANSFORMER.text_dim)).expand(len(prompts), -1, -1)
+        text = torch.cat([embed(rows_BSD), zero], dim=1)
+        return TextContext(tuple(block.attn2.keys_values(text) for block in self.transformer.blocks))
+
+
+def text_config(tokenizer: Tokenizer) -> UMT5Config:
+    return UMT5Config(
+        vocab_size=tokenizer.get_vocab_size(),
+        d_model=TRANSFORMER.text_dim,
+        d_kv=16,
+        d_ff=128,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        pad_token_id=0,
+        eos_token_id=1,
+        decoder_start_token_id=0,
+        tie_word_embeddings=False,
+        dropout_rate=0.0,
+    )
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One step of the training: the loss of each stage that took part."""
+
+    step: int
+    losses: dict[str, float]
+
+
+class Training:
+    """The run. `average` is the student whose weights are the moving average of all steps: the result."""
+
+    def __init__(self, linear: LinearCodec, steps: int, tracks: int, seed: int = 0) -> None:
+        self.steps = steps
+        self.generator = torch.Generator().manual_seed(seed)
+        self.rng = random.Random(seed)
+        self.lessons = Lessons(linear, tracks, seed)
+        self.rollouts = Rollouts(self.lessons, ROLLOUTS)
+        self.student = Student(self.generator)
+        self.average = copy.deepcopy(self.student).requires_grad_(False)
+        weight = 1 / linear.scale
+        self.channel_weight = (weight / weight.mean()).view(1, -1, 1, 1, 1)
+        blocks = self.student.transformer.blocks
+        matrices = {id(p) for block in blocks for p in block.parameters() if p.ndim == 2}
+        inner = [p for p in self.student.parameters() if id(p) in matrices]
+        outer = [p for p in self.student.parameters() if id(p) not in matrices]
+        self.optimizers = (
+            torch.optim.Muon(inner, lr=MUON_RATE, weight_decay=0.0),
+            torch.optim.AdamW(outer, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0),
+        )
+        self.rates = [group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def run(self) -> Iterator[Progress]:
+        for step in range(self.steps):
+            losses = {}
+            full = step % FULL_EVERY == FULL_EVERY - 1
+            for stage in STAGES if full else STAGES[:1]:
+                loss = self._taught(stage)
+                (STAGE_WEIGHT[stage.index] * loss).backward()
+                losses[f"stage {stage.index}"] = loss.item()
+            if full and step >= self.steps * (1 - ROLLED):
+                loss = self._rolled()
+                loss.backward()
+                losses["own videos"] = loss.item()
+            self._update(step)
+            yield Progress(step, losses)
+
+    def _taught(self, stage: Stage) -> Tensor:
+        """The loss at one stage, of chunks whose past and whose stage before are true but for some noise."""
+        lesson = self.lessons.draw(BATCH[stage.index])
+        before = None
+        if stage.index > 0:
+            true = _pooled(lesson.latents, stage.index - 1)
+            deviation = torch.rand(len(true), 1, 1, 1, 1, generator=self.generator) * STAGE_NOISE
+            before = true + deviation * torch.randn(true.shape, generator=self.generator)
+        loss, _ = self._loss(lesson, self._context(lesson), stage, before)
+        return loss
+
+    def _rolled(self) -> Tensor:
+        """The loss of all stages, for the next chunks of videos whose past and whose every stage is the student's."""
+        lesson = self.rollouts.draw()
+        context = self._context(lesson)
+        total, before = torch.zeros(()), None
+        for stage in STAGES:
+            loss, before = self._loss(lesson, context, stage, before)
+            total = total + STAGE_WEIGHT[stage.index] * loss
+        self.rollouts.append(before)  # type: ignore[arg-type]  # there is a last stage
+        return total
+
+    def _context(self, lesson: Lesson) -> ChunkContext:
+        text = self.student.text_context(lesson.prompts)
+        return self.student.transformer.begin_chunk(lesson.anchor, lesson.history, text)
+
+    def _loss(
+        self, lesson: Lesson, context: ChunkContext, stage: Stage, before: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """What is wrong with the student's guess of a stage's clean latents, and the guess, [B, K, 9, h', w'].
+
+        The first is a mean square, weighted by place and channel. `before`: the result of the stage before.
+        """
+        model = self.student.transformer
+        tokens = lesson.noise[0, 0].numel() // TOKEN_AREA // 4 ** (2 if before is None else 3 - stage.index)
+        if before is None:
+            start = lesson.noise
+            for _ in STAGES[1:]:
+                start = halve(start)
+        else:
+            before = double(before)
+            renoise = block_noise(tuple(before.shape), SCHEDULER.gamma, self.generator)
+            start = stage.signal * before + stage.noise * renoise
+        points = few_step_points(stage, self.rng.choice(STEP_COUNTS), tokens, SCHEDULER)
+        x, point = start, points[0]
+        if self.rng.random() < LATER_STEPS:
+            with torch.no_grad():
+                clean = x - point.sigma * model(x, point.timestep, context)
+            point = self.rng.choice(points[1:])
+            x = (1 - point.sigma) * clean + point.sigma * start
+        guess = x - point.sigma * model(x, point.timestep, context)
+        wrong = guess - _pooled(lesson.latents, stage.index)
+        loss = (_pooled(lesson.weight, stage.index) * self.channel_weight * wrong.square()).mean()
+        return loss, guess.detach()
+
+    def _update(self, step: int) -> None:
+        nn.utils.clip_grad_norm_(self.student.parameters(), CLIP)
+        past = max(0.0, step / self.steps - FLAT) / (1 - FLAT)
+        share = min(1.0, (step + 1) / WARM_UP) * (0.55 + 0.45 * math.cos(math.pi * past))
+        rates = iter(self.rates)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = share * next(rates)
+            optimizer.step()
+            optimizer.zero_grad()
+        decay = min(AVERAGE, (1 + step) / (10 + step))
+        with torch.no_grad():
+            for mean, now in zip(self.average.parameters(), self.student.parameters(), strict=True):
+                mean.lerp_(now, 1 - decay)
+
+
+def _pooled(latents_BKThw: Tensor, stage: int) -> Tensor:
+    """What a stage shall end with: the latents, averaged over 4x4, 2x2 or 1x1 places for stage 0, 1, 2."""
+    frames = rearrange(latents_BKThw, "b k t h w -> (b t) k h w")
+    size = 2 ** (len(STAGES) - 1 - stage)
+    pooled: Tensor = rearrange(F.avg_pool2d(frames, size), "(b t) k h w -> b k t h w", t=latents_BKThw.shape[2])
+    return pooled
