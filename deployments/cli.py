@@ -127,7 +127,10 @@ def generate(
     for option, path in (("image", image), ("video", video)):
         if path is not None and not path.is_file():
             raise InvalidInput(option, str(path), "a file")
-    spec = VideoRequest(prompt, **settings).check(Checkpoint.open(model).card)  # before minutes go into loading weights
+    card = Checkpoint.open(model).card
+    spec = VideoRequest(prompt, **settings).check(card)  # before minutes go into loading weights
+    if note := card.note(*spec.texts):
+        console.print(f"note: {note}", style="yellow", markup=False)
     chunks = Helios.load(model, device, dtype).stream(prompt, image=image, video=video, **settings)
     latents = []
     with output.open("wb") as file, progress_bar() as progress:
@@ -200,6 +203,8 @@ def save_stream(url: str, prompt: str, seconds: float, output: Path) -> None:
         raise HeliosError(f"the video is {status['status']}: {why}")
     elapsed = time.perf_counter() - begin
     console.print(f"{output}: {status['frames']} frames, {status['seconds']} s of video in {elapsed:.2f} s")
+    if status["note"] is not None:
+        console.print(f"note: {status['note']}", style="yellow", markup=False)
 
 
 def free_port() -> int:

@@ -39,4 +39,4 @@ def test_diffusers_makes_the_same_video(reference: Any, steps: tuple[int, ...], 
 
     frames = run_reference(reference, size, PROMPT, CHUNKS, SEED, steps, "np", amplify=amplify)[0]
     ours = np.concatenate([chunk.frames for chunk in chunks])
-    assert np.abs(ours - frames * 255).max() <= 1  # ours are rounded
+    assert np.abs(ours[: len(frames)] - frames * 255).max() <= 1  # it drops the last frames; ours are rounded
