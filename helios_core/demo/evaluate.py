@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -30,6 +31,8 @@ from helios_core.spec import TRANSITION_CHUNKS, PromptAt
 PRESETS = {"1,1,1": ((1, 1, 1), False), "2,2,2, first chunk amplified": ((2, 2, 2), True)}
 CHUNKS = 3  # of a video, where its length does not matter
 CHUNK_SECONDS = CHUNK_FRAMES / NATIVE_FPS
+README_PROMPT = "a red sun over a blue sea, drifting left"
+MINUTE_PROMPT = "an orange sun over a purple sea, drifting right"
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def from_video(helios: Helios, scene: Scene, prompt: str, seed: int) -> Score:
 
 
 def with_a_turn(helios: Helios, scene: Scene, prompt: str, seed: int) -> tuple[Score, Score, Score]:
-    """Another colour is asked for after two chunks: the video before that, after the transition, and all of it.
+    """Another colour is asked for after two chunks: the video before that, the transition's last chunk, all of it.
 
     The second is judged by the new prompt; of the third only the motion means anything.
     """
@@ -106,7 +109,7 @@ def with_a_turn(helios: Helios, scene: Scene, prompt: str, seed: int) -> tuple[S
     turned = turn + (TRANSITION_CHUNKS - 1) * CHUNK_FRAMES  # the last chunk of the transition has the new prompt alone
     shown = frames(helios, prompt, chunks=7, seed=seed, prompts=[PromptAt(turn / NATIVE_FPS, later)])
     before, after, whole = score_windows(
-        shown, [(0, turn, prompt), (turned, len(shown), later), (0, len(shown), later)]
+        shown, [(0, turn, prompt), (turned, turned + CHUNK_FRAMES, later), (0, len(shown), later)]
     )
     return before, after, whole
 
@@ -131,7 +134,7 @@ def evaluate(helios: Helios, prompts: int, progress: Progress) -> dict[str, Tall
     for way, calls in ways.items():
         tallies[way] = Tally.of(call(helios, *rest) for call, *rest in progress.track(calls, description=way))
     turns = [with_a_turn(helios, *each, 0) for each in progress.track(few, description="a new colour")]
-    for part, name in enumerate(("before a new colour", "after a new colour", "across it (motion)")):
+    for part, name in enumerate(("before a new colour", "at the end of its transition", "across it (motion)")):
         tallies[name] = Tally.of(turn[part] for turn in turns)
     minutes = [over_a_minute(helios, prompt) for _, prompt in progress.track(few, description="a minute")]
     tallies["a minute: first 5 s"] = Tally.of(each for minute in minutes for each in minute[:5])
@@ -149,13 +152,27 @@ def table(tallies: dict[str, Tally]) -> Table:
     return drawn
 
 
+def pictures(helios: Helios, folder: Path) -> None:
+    """The README's pictures: demo.gif, which moves, and minute.png, of a minute a frame every two seconds."""
+    shown = frames(helios, README_PROMPT, chunks=4, seed=1)[::2]  # four chunks are once across
+    first, *rest = (Image.fromarray(frame).quantize(64, dither=Image.Dither.NONE) for frame in shown)
+    first.save(folder / "demo.gif", save_all=True, append_images=rest, duration=2000 // NATIVE_FPS, loop=0)
+    minute = frames(helios, MINUTE_PROMPT, chunks=60 / CHUNK_SECONDS)[:: 2 * NATIVE_FPS]
+    rows = [np.concatenate(list(minute[i : i + 6]), axis=1) for i in range(0, len(minute), 6)]
+    Image.fromarray(np.concatenate(rows)).save(folder / "minute.png", optimize=True)
+
+
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model", nargs="?", default="demo")
     parser.add_argument("--prompts", type=int, default=64, help="held-out prompts, each with two seeds")
     parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--pictures", type=Path, help="write the README's pictures into this folder, and do no more")
     options = parser.parse_args(arguments)
     helios = Helios.load(options.model)
+    if options.pictures is not None:
+        pictures(helios, options.pictures)
+        return
     console = Console(stderr=True)
     with Progress(console=console) as progress:
         tallies = evaluate(helios, options.prompts, progress)

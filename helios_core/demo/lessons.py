@@ -23,12 +23,21 @@ from helios_core.conditioning import NOISE_SHARE
 from helios_core.config import CHUNK_FRAMES, CHUNK_LATENTS, HISTORY_LATENTS
 from helios_core.demo import codec
 from helios_core.demo.codec import LinearCodec
-from helios_core.demo.words import GROUNDS, MOTIONS, SHAPES, Scene, caption, gibberish, opened, random_scene
+from helios_core.demo.words import (
+    GROUNDS,
+    TAUGHT_MOTIONS,
+    TAUGHT_SHAPES,
+    Scene,
+    caption,
+    gibberish,
+    opened,
+    random_scene,
+)
 from helios_core.demo.world import MASKS, WIDTH, Pose, colours, masks, poses, start_of
 
 CHUNKS = 4  # of a track: with motions of 1, 2 or 4 chunks a period all that there is to see
-OPEN = 0.1  # share of the tracks for each of shape, ground and motion that leave it open
-TURNING = 0.3  # share of the tracks that turn to another shape, ground or motion
+OPEN = 0.07  # share of the tracks for each of shape, ground and motion that leave it open
+TURNING = 0.2  # share of the tracks that turn to another shape, ground or motion
 ANYWHERE = 0.3  # share of the tracks that start anywhere, as an input picture may; the others where a seed puts them
 
 # How a chunk stands in its video, with its share of the lessons.
@@ -46,7 +55,7 @@ RECOLOURED = 0.25  # share of the chunks with a past whose prompt has new colour
 HIDING = 0.25  # share of the prompts that leave open what the past shows
 GIBBERISH = 0.15  # share of these that say nothing at all
 ENDING = 0.5  # chance that one of the running videos ends, each time they go on
-TURNS = {"shape": SHAPES, "ground": GROUNDS, "motion": MOTIONS}
+TURNS = {"shape": TAUGHT_SHAPES, "ground": GROUNDS, "motion": TAUGHT_MOTIONS}
 OWN_COLOURS = ("object_colour", "ground_colour")
 OBJECT = slice(6, 9)  # of the parts: those of the third mask
 
@@ -67,7 +76,7 @@ class Track:
         def some(words: dict[str, tuple[str, ...]]) -> str | None:
             return None if rng.random() < OPEN else rng.choice(list(words))
 
-        scene = Scene(shape=some(SHAPES), ground=some(GROUNDS), motion=some(MOTIONS))
+        scene = Scene(shape=some(TAUGHT_SHAPES), ground=some(GROUNDS), motion=some(TAUGHT_MOTIONS))
         scenes = [scene] * CHUNKS
         if rng.random() < TURNING:
             turn, (what, words) = rng.randrange(1, CHUNKS), rng.choice(list(TURNS.items()))
@@ -173,7 +182,7 @@ class Lessons:
         old, new = colours(before), colours(replace(before, **said.named))
         share = rng.choice((2, 3) if turned else (1, 2, 3))
         if share == 1 and rng.random() < 0.5:
-            said = replace(said, motion=rng.choice(list(MOTIONS)))
+            said = replace(said, motion=rng.choice(list(TAUGHT_MOTIONS)))
         past_share = share - 1 if turned or share < 3 or rng.random() < 0.5 else 0
         if turned and share == 3:
             past_share = 0
@@ -201,7 +210,7 @@ class Lessons:
             frames = torch.cat([self.coloured(each, past) for each in parts_JPKThw[:j]], dim=1)
             anchor = frames[:, :1]
             if kind == "later" and rng.random() < 0.5:  # of a longer video, which once had other colours
-                other = colours(painted(Scene(), rng)) if rng.random() < RECOLOURED else past
+                other = colours(random_scene(rng)) if rng.random() < RECOLOURED else past
                 anchor = self.coloured(parts_JPKThw[rng.randrange(CHUNKS)][:, :, :1], other)
             if rng.random() < CLIP:
                 anchor, frames = self._as_input(anchor), self._as_input(frames)

@@ -4,7 +4,7 @@
 
 The linear code is found first. Then one process trains the VAE and another the transformer with its text encoder.
 The checkpoint is written in the official layout, loaded like any other, and evaluated. The report: losses, scores,
-pictures.
+pictures. It needs 5 GB of memory.
 """
 
 from __future__ import annotations
@@ -59,10 +59,7 @@ def main(arguments: Sequence[str]) -> None:
     options.report.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
     settle()
-    rng = random.Random(0)
-    starts = [(rng.random() * world.WIDTH, rng.random()) for _ in range(FILMS)]
-    films = [world.film(random_scene(rng), start, CHUNK_FRAMES, codec.SIZE) for start in starts]
-    linear = LinearCodec.fit(films, torch.Generator().manual_seed(0))
+    linear = find_code()
     columns = (TextColumn("{task.description:12}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"))
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[loss]}")) as progress:
         losses = train(linear, options.folder, progress)
@@ -73,6 +70,14 @@ def settle() -> None:
     """One thread for each of the two processes; numbers too small to matter count as zero, which is faster."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
+
+
+def find_code() -> LinearCodec:
+    """The linear code, from films of any scenes with the thing anywhere."""
+    rng = random.Random(0)
+    starts = [(rng.random() * world.WIDTH, rng.random()) for _ in range(FILMS)]
+    films = [world.film(random_scene(rng), start, CHUNK_FRAMES, codec.SIZE) for start in starts]
+    return LinearCodec.fit(films, torch.Generator().manual_seed(0))
 
 
 def train(linear: LinearCodec, folder: Path, progress: Progress) -> Losses:
@@ -96,13 +101,16 @@ def train(linear: LinearCodec, folder: Path, progress: Progress) -> Losses:
         training = train_transformer.Training(linear, TRANSFORMER_STEPS, TRACKS)
         for done in training.run():
             tell("transformer", done.step, done.losses)
-            wait = done.step + 1 == ALONE_FROM
-            while not news.empty() or (wait and vae_process.is_alive()):
-                if not news.empty():
-                    tell(*news.get())
-                else:
-                    vae_process.join(0.5)
-            if wait:
+            while not news.empty():
+                tell(*news.get())
+            if done.step + 1 == min(ALONE_FROM, TRANSFORMER_STEPS):
+                while vae_process.is_alive() or not news.empty():
+                    if news.empty():
+                        vae_process.join(0.5)
+                    else:
+                        tell(*news.get())
+                if vae_process.exitcode != 0:
+                    raise RuntimeError(f"the VAE's process ended with status {vae_process.exitcode}; see above")
                 torch.set_num_threads(2)
         vae = safetensors.torch.load_file(vae_file)
     result = training.average

@@ -9,7 +9,6 @@ Shapes: K latent channels, T pictures, H, W their rows and columns; t, h, w thos
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,6 +41,7 @@ VAE = VaeConfig(
 LEARNING_RATE = 3e-3
 SHORT, SHORT_BATCH = 13, 2  # pictures of a film, and films, in the first half of the decoder's steps; then whole chunks
 CODE_NOISE = 0.1  # most noise (deviation) on the code, as the transformer's guesses are not exact
+STILL_EVERY = 6  # of the encoder's films one stands still
 LOG_VARIANCE = -12.0
 
 
@@ -78,7 +78,7 @@ def train(
         vae.quant_conv.weight[half:] = 0.0
         vae.quant_conv.bias[half:] = LOG_VARIANCE  # type: ignore[index]
 
-    def decoder_error() -> Tensor:
+    def decoder_error(step: int) -> Tensor:
         whole = step > decoder_steps // 2
         films = [random_film(rng, CHUNK_FRAMES if whole else SHORT) for _ in range(1 if whole else SHORT_BATCH)]
         code = torch.cat([coded(film, linear) for film in films])
@@ -86,20 +86,22 @@ def train(
         wrong = written(vae, code) - _signed(films)
         return 0.2 * wrong.abs().mean() + wrong.square().mean()
 
-    def encoder_error() -> Tensor:
+    def encoder_error(step: int) -> Tensor:
         film = random_film(rng, CHUNK_FRAMES)
+        if step % STILL_EVERY == 0:  # as an input picture is encoded
+            film = film[:1].expand(CHUNK_FRAMES, -1, -1, -1)
         mean, _ = vae.encode(_signed([film]))
         return (mean - coded(film, linear)).square().mean()
 
     parts = {
         "decoder": (decoder_steps, decoder_error, [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]),
-        "encoder": (encoder_steps, encoder_error, [*vae.encoder.parameters()]),
+        "encoder": (encoder_steps, encoder_error, [*vae.encoder.parameters(), *vae.quant_conv.parameters()]),
     }
     for part, (steps, error, parameters) in parts.items():
         optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
         rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.05)
         for step in range(steps):
-            loss = error()
+            loss = error(step)
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
@@ -119,8 +121,3 @@ def written(vae: WanVae, code_BKthw: Tensor) -> Tensor:
 def _signed(films: list[Tensor]) -> Tensor:
     """[B, 3, T, H, W] in [-1, 1], as the VAE has pictures."""
     return rearrange(2 * torch.stack(films) - 1, "b t c h w -> b c t h w")
-
-
-def decibels(error: float) -> float:
-    """Peak signal-to-noise ratio of a mean squared error of pictures in [-1, 1]."""
-    return -10 * math.log10(error / 4)

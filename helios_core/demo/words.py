@@ -40,6 +40,9 @@ MOTIONS: Words = {
     "still": ("still", "resting"),
 }
 SKY = "sky"
+# What the model was taught of these. The scorer knows the others too, so that it can tell one from the other.
+TAUGHT_SHAPES = {shape: SHAPES[shape] for shape in ("disc",)}
+TAUGHT_MOTIONS = {motion: MOTIONS[motion] for motion in ("left", "right", "still")}
 
 
 @dataclass(frozen=True)
@@ -87,8 +90,8 @@ def _meaning(words: Words, word: str) -> str:
 
 
 def vocabulary() -> Words:
-    """The words of this world by kind, synonyms too."""
-    kinds: dict[str, Words] = {"thing": SHAPES, "ground": GROUNDS, "motion": MOTIONS}
+    """The words that the model was taught by kind, synonyms too."""
+    kinds: dict[str, Words] = {"thing": TAUGHT_SHAPES, "ground": GROUNDS, "motion": TAUGHT_MOTIONS}
     said = {kind: tuple(word for each in words.values() for word in each) for kind, words in kinds.items()}
     return {"colour": tuple(COLOURS), **said, "sky": (SKY,)}
 
@@ -129,7 +132,7 @@ def random_scene(rng: random.Random, held_out: bool = False) -> Scene:
         pair = rng.choice(list(COLOURS)), rng.choice(list(COLOURS))
         sky = rng.choice(list(COLOURS)) if rng.random() < 0.5 else None
         if (pair in HELD_OUT) == held_out and pair[0] not in (pair[1], sky):
-            shape, ground, motion = (rng.choice(list(words)) for words in (SHAPES, GROUNDS, MOTIONS))
+            shape, ground, motion = (rng.choice(list(words)) for words in (TAUGHT_SHAPES, GROUNDS, TAUGHT_MOTIONS))
             return Scene(pair[0], shape, pair[1], ground, sky, motion)
 
 
