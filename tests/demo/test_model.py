@@ -22,7 +22,8 @@ from helios_core.demo.words import HELD_OUT, Scene
 from helios_core.demo.world import SPEED
 from helios_core.helios import Helios
 
-ENOUGH = 97  # percent, of the named attributes as of whole videos
+ENOUGH = 97  # percent of the videos in which an attribute that was named is right
+ASKED = ("object_colour", "ground_colour", "sky_colour", "motion")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def test_held_out_prompts_are_followed(helios: Helios, preset: str) -> None:
     asked = held_out(16)
     assert all((scene.object_colour, scene.ground_colour) in HELD_OUT for scene, _ in asked)
     tally = Tally.of(from_text(helios, prompt, preset, seed) for _, prompt in asked for seed in (0, 1))
-    assert tally.videos == 32 and min(tally.right.values()) >= ENOUGH, tally
+    assert tally.videos == 32 and min(tally.right[name] for name in ASKED) >= ENOUGH, tally
 
 
 def test_seeds_give_other_videos_that_are_right_too(helios: Helios) -> None:
