@@ -31,7 +31,7 @@ PATCH = 64
 CLASS = {"patch_short": 64, "patch_mid": 66, "patch_long": 68, "patch_embedding": 70}
 CLASS_SIZE = {"patch_short": 3.0, "patch_mid": 3.0, "patch_long": 3.0, "patch_embedding": 8.0}
 FROM_NOISE, FROM_COORDINATES = 72, 74
-FROM_LAYERS = 140.0  # what all layers add to the square of a noisy token's norm, as measured
+FROM_LAYERS = 38.0  # what all layers add to the square of a noisy token's norm, as measured
 
 # Heads that read a coordinate: its pair of channels among those that RoPE turns, the phase at which it is read, about
 # what is read in the mean, and how much of the difference is written. Pairs 0 to 5 turn with the frame, 6 to 10 with
@@ -64,13 +64,13 @@ def initialise_transformer(model: HeliosTransformer, generator: torch.Generator)
     weights["proj_out.weight"][torch.arange(PATCH), order] = norm
 
     weights["condition_embedder.time_embedder.linear_2.weight"].mul_(TIME)
-    weights["condition_embedder.text_embedder.linear_1.weight"].mul_(1.7)
-    weights["condition_embedder.text_embedder.linear_2.weight"].mul_(3.0)
+    weights["condition_embedder.text_embedder.linear_2.weight"].mul_(math.sqrt(3))
     for i in range(config.num_layers):
         block = f"blocks.{i}"
         weights[f"{block}.scale_shift_table"][:, [2, 5]] = 1.0  # gates
         for layer in ("attn1.to_out.0", "attn2.to_out.0", "ffn.net.2"):
             weights[f"{block}.{layer}.weight"][:PATCH] = 0.0
+        weights[f"{block}.attn2.to_q.weight"][:, :PATCH] = 0.0  # which word a token reads shall not hang on its noise
         # Queries are far from the key that all zero rows share, the keys of words near it.
         signs = torch.randn(dim, generator=generator).sign()
         weights[f"{block}.attn2.to_q.bias"].copy_(-0.6 * signs)

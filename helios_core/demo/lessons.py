@@ -4,14 +4,14 @@ A *track* is a film of four chunks of one geometry (shape, ground, motion, start
 the way. Its latents are kept as the parts of a sum (codec.py), so that every time it is shown it has new colours.
 
 Shapes: B batch, N tracks, J chunks of a track, P = 12 parts (4 masks x 3 colours), K latent channels, T latent frames,
-h, w latent rows and columns.
+h, w latent rows and columns, M the four masks.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -34,33 +34,28 @@ from helios_core.demo.words import (
     random_scene,
 )
 from helios_core.demo.world import MASKS, WIDTH, Pose, colours, masks, poses, start_of
+from helios_core.spec import TRANSITION_CHUNKS
 
 CHUNKS = 4  # of a track: with motions of 1, 2 or 4 chunks a period all that there is to see
 OPEN = 0.07  # share of the tracks for each of shape, ground and motion that leave it open
 TURNING = 0.2  # share of the tracks that turn to another shape, ground or motion
-ANYWHERE = 0.3  # share of the tracks that start anywhere, as an input picture may; the others where a seed puts them
+ANYWHERE = 0.5  # share of the tracks that start anywhere, as an input picture may; the others where a seed puts them
+TURNS = {"shape": TAUGHT_SHAPES, "ground": GROUNDS, "motion": TAUGHT_MOTIONS}  # to what a track may turn
 
 # How a chunk stands in its video, with its share of the lessons.
-KINDS = {"first": 0.36, "second": 0.16, "later": 0.26, "after a picture": 0.14, "second after a picture": 0.08}
-CHUNKS_OF_KIND = {
-    "first": (0,),
-    "second": (1,),
-    "later": (2, 3),
-    "after a picture": (0, 1, 2, 3),
-    "second after a picture": (1, 2, 3),
-}
+KINDS = {"first": 0.4, "second": 0.12, "later": 0.26, "after a picture": 0.14, "second after a picture": 0.08}
 CLIP = 0.15  # share of the second and later chunks whose past is an input video
+OLD_INPUT = 0.15  # share of the later chunks of which only the anchor is from an input
 PAST_NOISE = 0.14  # most noise (deviation) on every other history, so that a video's small errors do not add up
-RECOLOURED = 0.25  # share of the chunks with a past whose prompt has new colours
-HIDING = 0.25  # share of the prompts that leave open what the past shows
-GIBBERISH = 0.15  # share of these that say nothing at all
-ENDING = 0.5  # chance that one of the running videos ends, each time they go on
-TURNS = {"shape": TAUGHT_SHAPES, "ground": GROUNDS, "motion": TAUGHT_MOTIONS}
-OWN_COLOURS = ("object_colour", "ground_colour")
+RECOLOURED = 0.25  # share of the chunks with a past whose prompt has new colours, or whose anchor had others
+HIDING = 0.3  # share of the prompts that leave open what the past shows
+ENDING = 1  # of the running videos so many end each time they go on
+OWN_COLOURS = ("object_colour", "ground_colour")  # those that a noun bears
+ALL_COLOURS = (*OWN_COLOURS, "sky_colour")
 OBJECT = slice(6, 9)  # of the parts: those of the third mask
 
-
 Prompt = list[tuple[str, float]]  # one text, or two on the way from one to the other, with their weights
+Hues = Callable[[int], Tensor]  # colours [M, 3] of the chunk that lies so many chunks back; 0 is the chunk itself
 
 
 @dataclass(frozen=True)
@@ -72,7 +67,7 @@ class Track:
     uv: tuple[float, float] | None
 
     @classmethod
-    def draw(cls, rng: random.Random) -> Track:
+    def draw(cls, rng: random.Random, anywhere: bool) -> Track:
         def some(words: dict[str, tuple[str, ...]]) -> str | None:
             return None if rng.random() < OPEN else rng.choice(list(words))
 
@@ -81,10 +76,15 @@ class Track:
         if rng.random() < TURNING:
             turn, (what, words) = rng.randrange(1, CHUNKS), rng.choice(list(TURNS.items()))
             scenes[turn:] = [replace(scene, **{what: rng.choice(list(words))})] * (CHUNKS - turn)
-        if rng.random() < ANYWHERE:
+        if anywhere:
             return cls(tuple(scenes), (rng.random() * WIDTH, rng.random()), None)
         u, v = rng.random(), rng.random()
         return cls(tuple(scenes), start_of(u, v), (u, v))
+
+    @property
+    def steady(self) -> bool:
+        """It does not turn, and so begins again after four chunks."""
+        return len(set(self.scenes)) == 1
 
     def chunks(self) -> Iterator[tuple[Scene, list[Pose]]]:
         """Each chunk's scene, and the poses of its 33 frames."""
@@ -114,19 +114,29 @@ Example = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Prompt]  # what a Lesson
 
 
 class Lessons:
-    """Draws lessons from a pool of tracks, without end."""
+    """Draws lessons without end from `tracks` tracks and from the first chunks of `firsts` more.
 
-    def __init__(self, linear: LinearCodec, tracks: int, seed: int) -> None:
+    They take 1.8 and 0.45 MB each. `ripe`: whether prompts may also be mixed, or leave open what the past shows; that
+    is easier to learn for who knows the words.
+    """
+
+    def __init__(self, linear: LinearCodec, tracks: int, firsts: int, seed: int) -> None:
         self.linear = linear
         self.rng = random.Random(seed)
         self.generator = torch.Generator().manual_seed(seed)
-        self.tracks = [Track.draw(self.rng) for _ in range(tracks)]
-        self.seeded = [i for i, track in enumerate(self.tracks) if track.uv is not None]
+        self.ripe = False
+        self.tracks = [Track.draw(self.rng, anywhere=self.rng.random() < ANYWHERE) for _ in range(tracks)]
+        self.firsts = [Track.draw(self.rng, anywhere=False) for _ in range(firsts)]
+        self.parts_NJPKThw = self._render(self.tracks, CHUNKS)
+        self.first_parts_NJPKThw = self._render(self.firsts, 1)
+
+    def _render(self, tracks: list[Track], chunks: int) -> Tensor:
         latents = (codec.CHANNELS, CHUNK_LATENTS, codec.SIZE[1] // codec.SPACE, codec.SIZE[0] // codec.SPACE)
-        self.parts_NJPKThw = torch.empty(tracks, CHUNKS, 3 * len(MASKS), *latents, dtype=torch.float16)
-        for parts, track in zip(self.parts_NJPKThw, self.tracks, strict=True):
-            for part, (scene, chunk) in zip(parts, track.chunks(), strict=True):
-                part.copy_(linear.terms(masks(scene.shape, scene.ground, chunk, codec.SIZE)))
+        parts_NJPKThw = torch.empty(len(tracks), chunks, 3 * len(MASKS), *latents, dtype=torch.float16)
+        for parts, track in zip(parts_NJPKThw, tracks, strict=True):
+            for part, (scene, chunk) in zip(parts, track.chunks(), strict=False):
+                part.copy_(self.linear.terms(masks(scene.shape, scene.ground, chunk, codec.SIZE)))
+        return parts_NJPKThw
 
     def draw(self, batch: int) -> Lesson:
         return _batch([self._draw_one() for _ in range(batch)])
@@ -138,98 +148,13 @@ class Lessons:
         return nothing, nothing.expand(-1, HISTORY_LATENTS, -1, -1)
 
     def coloured(self, parts_PKThw: Tensor, colours_M3: Tensor) -> Tensor:
+        """[K, T, h, w]"""
         latents = torch.einsum("pkthw,p->kthw", parts_PKThw.float(), colours_M3.flatten())
         return latents + self.linear.offset[:, None, None, None]
 
-    def _draw_one(self) -> Example:
-        rng = self.rng
-        (kind,) = rng.choices(list(KINDS), list(KINDS.values()))
-        i = rng.choice(self.seeded) if kind == "first" else rng.randrange(len(self.tracks))
-        j = rng.choice(CHUNKS_OF_KIND[kind])
-        track, parts_JPKThw = self.tracks[i], self.parts_NJPKThw[i]
-        scene = painted(track.scenes[j], rng)
-        if kind == "first":
-            scene = replace(scene, **{name: None for name in OWN_COLOURS if rng.random() < OPEN})
-            target = past = colours(scene)
-            prompts = [(self.text(scene), 1.0)]
-        elif kind == "after a picture":
-            target = past = colours(scene)
-            # A picture shows all but the motion.
-            prompts = [(self.text(replace(self._hinted(scene), motion=scene.motion)), 1.0)]
-        else:
-            shown = track.scenes[j - 1]
-            before = replace(scene, shape=shown.shape, ground=shown.ground, motion=shown.motion)
-            target, past, prompts = self._going_on(before, scene)
-        latents = self.coloured(parts_JPKThw[j], target)
-        noise = self.noise(latents)
-        if kind == "first":
-            noise = steered(noise, *track.uv)  # type: ignore[misc]  # it is one of the seeded
-        anchor, history = self.no_past if kind == "first" else self._past(kind, parts_JPKThw, j, past)
-        return latents, anchor, history, noise, self.weight(parts_JPKThw[j]), prompts
-
-    def _going_on(self, before: Scene, scene: Scene) -> tuple[Tensor, Tensor, Prompt]:
-        """Colours of a chunk and of its past, each [M, 3], and the prompt, for a video that showed `before`.
-
-        What a prompt leaves open stays as it was. On the way from one prompt to another, in thirds, colours are mixed
-        as the prompts are, and all else turns in the middle.
-        """
-        rng = self.rng
-        turned = before != scene
-        recoloured = rng.random() < RECOLOURED
-        if not turned and not recoloured:
-            return colours(scene), colours(scene), [(self.text(self._hinted(scene)), 1.0)]
-        said = painted(scene, rng) if recoloured else scene
-        old, new = colours(before), colours(replace(before, **said.named))
-        share = rng.choice((2, 3) if turned else (1, 2, 3))
-        if share == 1 and rng.random() < 0.5:
-            said = replace(said, motion=rng.choice(list(TAUGHT_MOTIONS)))
-        past_share = share - 1 if turned or share < 3 or rng.random() < 0.5 else 0
-        if turned and share == 3:
-            past_share = 0
-        texts = [(self.text(before), 1 - share / 3), (self.text(said), share / 3)]
-        return (
-            torch.lerp(old, new, share / 3),
-            torch.lerp(old, new, past_share / 3),
-            texts if share < 3 else [(texts[1][0], 1.0)],
-        )
-
-    def _hinted(self, scene: Scene) -> Scene:
-        """What a prompt may say of a scene that the past shows."""
-        if self.rng.random() > HIDING:
-            return scene
-        return opened(scene, self.rng) if self.rng.random() > GIBBERISH else Scene()
-
     def text(self, scene: Scene) -> str:
-        said = caption(scene, self.rng)
-        return said if said else gibberish(self.rng)
-
-    def _past(self, kind: str, parts_JPKThw: Tensor, j: int, past: Tensor) -> tuple[Tensor, Tensor]:
-        """Anchor [K, 1, h, w] and history [K, 19, h, w]."""
-        rng = self.rng
-        if kind in ("second", "later"):
-            frames = torch.cat([self.coloured(each, past) for each in parts_JPKThw[:j]], dim=1)
-            anchor = frames[:, :1]
-            if kind == "later" and rng.random() < 0.5:  # of a longer video, which once had other colours
-                other = colours(random_scene(rng)) if rng.random() < RECOLOURED else past
-                anchor = self.coloured(parts_JPKThw[rng.randrange(CHUNKS)][:, :, :1], other)
-            if rng.random() < CLIP:
-                anchor, frames = self._as_input(anchor), self._as_input(frames)
-        else:
-            first = parts_JPKThw[j] if kind == "after a picture" else parts_JPKThw[j - 1]
-            picture = self.coloured(first[:, :, :1], past)
-            anchor, frames = self._as_input(picture), self._as_input(picture)
-            if kind == "second after a picture":
-                frames = torch.cat([frames, self.coloured(first, past)], dim=1)
-        if rng.random() < 0.5:
-            deviation = rng.random() * PAST_NOISE
-            anchor, frames = anchor + deviation * self.noise(anchor), frames + deviation * self.noise(frames)
-        return anchor, as_history(frames)
-
-    def _as_input(self, latents_KThw: Tensor) -> Tensor:
-        """Some noise mixed in, as helios_core.conditioning does with an input picture or video."""
-        least, most = NOISE_SHARE
-        share = torch.rand(latents_KThw.shape[1], 1, 1, generator=self.generator) * (most - least) + least
-        return share * self.noise(latents_KThw) + (1 - share) * latents_KThw
+        """A prompt for a scene; words without meaning if nothing of it is named."""
+        return caption(scene, self.rng) or gibberish(self.rng)
 
     def weight(self, parts_PKThw: Tensor) -> Tensor:
         """How much each place of a chunk counts, [1, 9, h, w]: the thing is small, so more where it is."""
@@ -238,6 +163,103 @@ class Lessons:
 
     def noise(self, like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=self.generator)
+
+    def _draw_one(self) -> Example:
+        (kind,) = self.rng.choices(list(KINDS), list(KINDS.values()))
+        if kind == "first":
+            return self._first()
+        i = self.rng.randrange(len(self.tracks))
+        track, parts_JPKThw = self.tracks[i], self.parts_NJPKThw[i]
+        if kind == "later":
+            j = self.rng.choice(range(CHUNKS) if track.steady else (2, 3))
+            past = [parts_JPKThw[k % CHUNKS] for k in range(j - 3 if track.steady else 0, j)]
+        else:
+            j = self.rng.choice(range(CHUNKS) if kind == "after a picture" else range(1, CHUNKS))
+            past = [] if kind == "after a picture" else [parts_JPKThw[j - 1]]
+        scene = painted(track.scenes[j], self.rng)
+        if kind == "after a picture":
+            # A picture shows all but the motion.
+            hues, prompt = _unchanging(scene), [(self.text(self._hinted(scene, motion=True)), 1.0)]
+            frame = self.coloured(parts_JPKThw[j, :, :, :1], hues(0))
+            anchor, frames = self._as_input(frame), self._as_input(frame)
+        else:
+            before = track.scenes[j - 1]
+            before = replace(scene, shape=before.shape, ground=before.ground, motion=before.motion)
+            hues, prompt = self._going_on(before, scene)
+            frames = torch.cat([self.coloured(each, hues(len(past) - k)) for k, each in enumerate(past)], dim=1)
+            anchor = self.coloured(past[0][:, :, :1], hues(TRANSITION_CHUNKS))
+            if kind == "second after a picture":
+                frames = torch.cat([self._as_input(frames[:, :1]), frames], dim=1)
+                anchor = self._as_input(anchor)
+            elif kind == "later" and self.rng.random() < 0.5:  # of a longer video, which once had other colours
+                first = colours(random_scene(self.rng)) if self.rng.random() < RECOLOURED else hues(TRANSITION_CHUNKS)
+                anchor = self.coloured(parts_JPKThw[self.rng.randrange(CHUNKS), :, :, :1], first)
+            if kind in ("second", "later") and self.rng.random() < CLIP:
+                anchor, frames = self._as_input(anchor), self._as_input(frames)
+            elif kind == "later" and self.rng.random() < OLD_INPUT:
+                anchor = self._as_input(anchor)
+        if self.rng.random() < 0.5:
+            deviation = self.rng.random() * PAST_NOISE
+            anchor, frames = anchor + deviation * self.noise(anchor), frames + deviation * self.noise(frames)
+        latents = self.coloured(parts_JPKThw[j], hues(0))
+        weight = self.weight(parts_JPKThw[j])
+        return latents, anchor, as_history(frames), self.noise(latents), weight, prompt
+
+    def _first(self) -> Example:
+        """The first chunk of a video, of which the prompt says all that is not left to the world."""
+        i = self.rng.randrange(len(self.firsts))
+        parts_PKThw = self.first_parts_NJPKThw[i, 0]
+        scene = painted(self.firsts[i].scenes[0], self.rng)
+        scene = replace(scene, **{name: None for name in OWN_COLOURS if self.rng.random() < OPEN})
+        latents = self.coloured(parts_PKThw, colours(scene))
+        noise = steered(self.noise(latents), self.firsts[i])
+        return latents, *self.no_past, noise, self.weight(parts_PKThw), [(self.text(scene), 1.0)]
+
+    def _going_on(self, before: Scene, scene: Scene) -> tuple[Hues, Prompt]:
+        """Colours and prompt of a chunk that shows `scene`, of a video that showed `before`.
+
+        What a prompt leaves open stays as it was. A prompt may change at once, or over three chunks, in thirds: then
+        colours are mixed as the prompts are (VideoSpec.mix_of_chunk), and all else turns in the middle.
+        """
+        rng = self.rng
+        turned, recoloured = before != scene, rng.random() < RECOLOURED
+        if not turned and not recoloured:
+            return _unchanging(scene), [(self.text(self._hinted(scene, motion=False)), 1.0)]
+        said = painted(scene, rng) if recoloured else scene
+        old, new = colours(before), colours(replace(before, **said.named))
+        at_once = not self.ripe or rng.random() < 0.4
+        thirds = 3 if at_once else rng.choice((2,) if turned else (1, 2, 3))
+        if thirds == 1 and rng.random() < 0.5:
+            said = replace(said, motion=rng.choice(list(TAUGHT_MOTIONS)))  # it has not turned yet
+
+        def hues(back: int) -> Tensor:
+            share = (3 if back == 0 else 0) if at_once else max(0, thirds - back)
+            return torch.lerp(old, new, share / TRANSITION_CHUNKS)
+
+        if thirds == 3:
+            return hues, [(self.text(said), 1.0)]
+        return hues, [(self.text(before), 1 - thirds / 3), (self.text(said), thirds / 3)]
+
+    def _hinted(self, scene: Scene, motion: bool) -> Scene:
+        """What a prompt may say of a scene that the past shows, its motion in any case if `motion`."""
+        rng = self.rng
+        if not self.ripe or rng.random() > HIDING:
+            return scene
+        hinted = rng.choice(
+            (
+                replace(scene, **dict.fromkeys(ALL_COLOURS)),
+                replace(scene, motion=None),
+                opened(scene, rng),
+                Scene(),
+            )
+        )
+        return replace(hinted, motion=scene.motion) if motion else hinted
+
+    def _as_input(self, latents_KThw: Tensor) -> Tensor:
+        """Some noise mixed in, as helios_core.conditioning does with an input picture or video."""
+        least, most = NOISE_SHARE
+        share = torch.rand(latents_KThw.shape[1], 1, 1, generator=self.generator) * (most - least) + least
+        return share * self.noise(latents_KThw) + (1 - share) * latents_KThw
 
 
 @dataclass
@@ -253,25 +275,23 @@ class Running:
 class Rollouts:
     """Videos that the student makes by itself: it is asked for their next chunks, and what it gives becomes their past.
 
-    They are of tracks that do not turn, which begin again after four chunks, and end at random.
+    They are of steady tracks. Each time they go on, one of them ends and another begins.
     """
 
     def __init__(self, lessons: Lessons, videos: int) -> None:
         self.lessons = lessons
-        self.tracks = [i for i in lessons.seeded if len(set(lessons.tracks[i].scenes)) == 1]
+        self.tracks = [i for i, track in enumerate(lessons.tracks) if track.steady and track.uv is not None]
         self.videos = [self._begin() for _ in range(videos)]
 
     def draw(self) -> Lesson:
         """The next chunk of each video."""
-        rng = self.lessons.rng
-        if rng.random() < ENDING:
-            self.videos[rng.randrange(len(self.videos))] = self._begin()
         return _batch([self._next(video) for video in self.videos])
 
     def append(self, latents_BKThw: Tensor) -> None:
         """What the student made of the lesson, [B, K, 9, h, w]."""
         for video, latents in zip(self.videos, latents_BKThw, strict=True):
             video.chunks.append(latents)
+        self.videos[self.lessons.rng.randrange(len(self.videos))] = self._begin()
 
     def _begin(self) -> Running:
         lessons = self.lessons
@@ -285,10 +305,14 @@ class Rollouts:
         latents, weight = lessons.coloured(parts_PKThw, colours(video.scene)), lessons.weight(parts_PKThw)
         noise = lessons.noise(latents)
         if not video.chunks:
-            noise = steered(noise, *lessons.tracks[video.track].uv)  # type: ignore[misc]  # it is one of the seeded
+            noise = steered(noise, lessons.tracks[video.track])
             return latents, *lessons.no_past, noise, weight, video.prompt
         past = torch.cat(video.chunks[-3:], dim=1)
         return latents, video.chunks[0][:, :1], as_history(past), noise, weight, video.prompt
+
+
+def _unchanging(scene: Scene) -> Hues:
+    return lambda _: colours(scene)
 
 
 def _batch(examples: Sequence[Example]) -> Lesson:
@@ -323,9 +347,9 @@ def seed_of(noise_KThw: Tensor) -> tuple[float, float]:
     return u, v
 
 
-def steered(noise_KThw: Tensor, u: float, v: float) -> Tensor:
-    """The noise, changed by as little as it needs for `seed_of` to say `u` and `v`."""
-    wanted = torch.special.ndtri(torch.tensor([u, v])) / math.sqrt(noise_KThw[0].numel())
-    steered = noise_KThw.clone()
-    steered[:2] += (wanted - noise_KThw[:2].mean((1, 2, 3))).view(2, 1, 1, 1)
-    return steered
+def steered(noise_KThw: Tensor, track: Track) -> Tensor:
+    """The noise, changed by as little as it needs for `seed_of` to say where the track, one of a seed's, starts."""
+    wanted = torch.special.ndtri(torch.tensor(track.uv)) / math.sqrt(noise_KThw[0].numel())
+    moved = noise_KThw.clone()
+    moved[:2] += (wanted - noise_KThw[:2].mean((1, 2, 3))).view(2, 1, 1, 1)
+    return moved

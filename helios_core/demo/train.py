@@ -41,7 +41,7 @@ from helios_core.helios import Helios
 from helios_core.vae.model import WanVae
 
 FILMS = 300  # of a chunk each, to find the linear code from
-TRACKS = 1500
+TRACKS, FIRSTS = 800, 2400  # geometries: of four chunks, and of a first chunk alone
 TRANSFORMER_STEPS = 1600
 ALONE_FROM = 1000  # the step from which the transformer has both cores: the VAE is waited for there
 DECODER_STEPS, ENCODER_STEPS = 1000, 450
@@ -98,7 +98,7 @@ def train(linear: LinearCodec, folder: Path, progress: Progress) -> Losses:
         vae_file = Path(scratch) / "vae.safetensors"
         vae_process = spawn.Process(target=train_vae_apart, args=(linear, vae_file, news), daemon=True)
         vae_process.start()
-        training = train_transformer.Training(linear, TRANSFORMER_STEPS, TRACKS)
+        training = train_transformer.Training(linear, TRANSFORMER_STEPS, TRACKS, FIRSTS)
         for done in training.run():
             tell("transformer", done.step, done.losses)
             while not news.empty():

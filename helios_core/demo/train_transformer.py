@@ -46,10 +46,12 @@ SCHEDULER = SCHEDULERS["distilled"]
 STAGES = pyramid(SCHEDULER)
 
 BATCH = {0: 32, 1: 12, 2: 8}  # chunks per step, by stage
-FULL_EVERY = 4  # the finer stages, which are easier, take part in one of so many steps
+FULL_EVERY = 3  # the finer stages, which are easier, take part in one of so many steps
 STAGE_WEIGHT = {0: 2.0, 1: 1.0, 2: 1.0}
-ROLLED, ROLLOUTS = 0.4, 12  # in the last share of the steps the student also learns from its own videos, so many
-LATER_STEPS = 0.3  # share of the batches at a later step of a stage
+RIPE = 0.35  # from this share of the steps on, lessons are no longer easy and later steps of a stage are worth it
+LATER_STEPS = 0.3  # share of the batches, then, at a later step of a stage
+ROLLED, ROLLOUTS, ROLL_EVERY = 0.75, 12, 4  # from there on the student also learns from its own videos, so many
+ROLLED_WEIGHT = 0.5
 STEP_COUNTS = (2, 2, 3, 4, 4, 6)  # of a stage
 STAGE_NOISE = 0.12  # most noise (deviation) on the result of the stage before
 LEARNING_RATE, MUON_RATE = 2.2e-3, 6.6e-3
@@ -160,11 +162,11 @@ class Progress:
 class Training:
     """The run. `average` is the student whose weights are the moving average of all steps: the result."""
 
-    def __init__(self, linear: LinearCodec, steps: int, tracks: int, seed: int = 0) -> None:
+    def __init__(self, linear: LinearCodec, steps: int, tracks: int, firsts: int, seed: int = 0) -> None:
         self.steps = steps
         self.generator = torch.Generator().manual_seed(seed)
         self.rng = random.Random(seed)
-        self.lessons = Lessons(linear, tracks, seed)
+        self.lessons = Lessons(linear, tracks, firsts, seed)
         self.rollouts = Rollouts(self.lessons, ROLLOUTS)
         self.student = Student(self.generator)
         self.average = copy.deepcopy(self.student).requires_grad_(False)
@@ -183,14 +185,15 @@ class Training:
     def run(self) -> Iterator[Progress]:
         for step in range(self.steps):
             losses = {}
+            self.lessons.ripe = step >= RIPE * self.steps
             full = step % FULL_EVERY == FULL_EVERY - 1
             for stage in STAGES if full else STAGES[:1]:
                 loss = self._taught(stage)
                 (STAGE_WEIGHT[stage.index] * loss).backward()
                 losses[f"stage {stage.index}"] = loss.item()
-            if full and step >= self.steps * (1 - ROLLED):
+            if step >= ROLLED * self.steps and step % ROLL_EVERY == 0:
                 loss = self._rolled()
-                loss.backward()
+                (ROLLED_WEIGHT * loss).backward()
                 losses["own videos"] = loss.item()
             self._update(step)
             yield Progress(step, losses)
@@ -240,7 +243,7 @@ class Training:
             start = stage.signal * before + stage.noise * renoise
         points = few_step_points(stage, self.rng.choice(STEP_COUNTS), tokens, SCHEDULER)
         x, point = start, points[0]
-        if self.rng.random() < LATER_STEPS:
+        if self.lessons.ripe and self.rng.random() < LATER_STEPS:
             with torch.no_grad():
                 clean = x - point.sigma * model(x, point.timestep, context)
             point = self.rng.choice(points[1:])
