@@ -1,6 +1,6 @@
 """The weights that the demo's transformer and text encoder start from: random, with some sense put in.
 
-Each of these saves minutes of training, or makes it possible at all (figures: make demo-checkpoint's report):
+Each is meant to save minutes of training:
 - The transformer starts as v = x, so that its guess of the clean latents is their mean.
 - Prompts are 10 tokens in 512 rows, the others zero; cross-attention starts so that these together count as one.
 - RoPE tells how far tokens are apart, not where they are. Heads of the first layer start as readers of coordinates:
