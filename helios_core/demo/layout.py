@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 from transformers import UMT5Config
 
@@ -56,6 +57,24 @@ def write_layout(
     vae_config, vae_weights = vae
     _write_config(folder / "vae/config.json", "AutoencoderKLWan", vae_config)
     _write_weights(folder / "vae/diffusion_pytorch_model", vae_weights, shards=1)
+
+
+def make_tokenizer(words: Sequence[str] = ()) -> Tokenizer:
+    """A Unigram tokenizer: a token for each of `words`, in whatever case, characters and bytes for all others."""
+    special = ["<pad>", "</s>", "<unk>"]
+    characters = ["▁", *(chr(c) for c in range(0x21, 0x7F))]
+    vocabulary = [(piece, 0.0) for piece in special]
+    vocabulary += [(f"<0x{byte:02X}>", -12.0) for byte in range(256)]
+    vocabulary += [(character, -6.0) for character in characters]
+    vocabulary += [(f"▁{word}", -4.0) for word in words]
+    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=2, byte_fallback=True))
+    if words:
+        tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.add_special_tokens(special)
+    return tokenizer
 
 
 def _model_index(variant: Variant) -> dict[str, Any]:

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from helios_core.config import TransformerConfig, VaeConfig
-from helios_core.demo.layout import Weights, write_layout
+from helios_core.demo.layout import Weights, make_tokenizer, write_layout
 from helios_core.transformer.model import HeliosTransformer
 from helios_core.vae.model import WanVae
 
@@ -102,24 +101,9 @@ def write_checkpoint(
         text_encoder=(text_encoder, text_weights),
         transformer=(transformer, transformer_weights),
         vae=(vae, vae_weights),
-        tokenizer=character_tokenizer(),
+        tokenizer=make_tokenizer(),
         shards=SHARDS,
     )
-
-
-def character_tokenizer() -> Tokenizer:
-    """A Unigram tokenizer over single characters with bytes for all others: any prompt has tokens."""
-    special = ["<pad>", "</s>", "<unk>"]
-    characters = ["▁", *(chr(c) for c in range(0x21, 0x7F))]
-    vocabulary = [(piece, 0.0) for piece in special]
-    vocabulary += [(f"<0x{byte:02X}>", -12.0) for byte in range(256)]
-    vocabulary += [(character, -6.0) for character in characters]
-    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=2, byte_fallback=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    tokenizer.add_special_tokens(special)
-    return tokenizer
 
 
 def _draw(module: nn.Module, generator: torch.Generator) -> Weights:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
@@ -26,7 +26,7 @@ from helios_core.config import TEXT_TOKENS, TransformerConfig
 from helios_core.demo import words
 from helios_core.demo.codec import LinearCodec
 from helios_core.demo.initial import initialise_text_encoder, initialise_transformer
-from helios_core.demo.layout import SCHEDULERS
+from helios_core.demo.layout import SCHEDULERS, make_tokenizer
 from helios_core.demo.lessons import Lesson, Lessons, Prompt, Rollouts
 from helios_core.sampling.chunk import TOKEN_AREA, double, halve
 from helios_core.sampling.noise import block_noise
@@ -61,21 +61,9 @@ AVERAGE = 0.997  # decay of the moving average of the weights, which is what is 
 CLIP = 1.0
 
 
-def make_tokenizer() -> Tokenizer:
-    """A Unigram tokenizer: a token for each word of a caption, characters and bytes for all others."""
-    special = ["<pad>", "</s>", "<unk>"]
-    said = sorted({word for kind in words.vocabulary().values() for word in kind} | _small_words())
-    vocabulary = [(piece, 0.0) for piece in special]
-    vocabulary += [(f"▁{word}", -4.0) for word in said]
-    vocabulary += [(character, -8.0) for character in ["▁", *(chr(c) for c in range(0x21, 0x7F))]]
-    vocabulary += [(f"<0x{byte:02X}>", -12.0) for byte in range(256)]
-    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=2, byte_fallback=True))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    tokenizer.add_special_tokens(special)
-    return tokenizer
+def taught_words() -> list[str]:
+    """Those of the vocabulary and of the captions, which get a token each."""
+    return sorted({word for kind in words.vocabulary().values() for word in kind} | _small_words())
 
 
 def _small_words() -> set[str]:
@@ -104,7 +92,7 @@ class Student(nn.Module):
 
     def __init__(self, generator: torch.Generator) -> None:
         super().__init__()
-        self.tokenizer = make_tokenizer()
+        self.tokenizer = make_tokenizer(taught_words())
         self.transformer = HeliosTransformer(TRANSFORMER)
         for block in self.transformer.blocks:
             block.attn2 = TextAttention(TRANSFORMER)
@@ -160,7 +148,10 @@ class Progress:
 
 
 class Training:
-    """The run. `average` is the student whose weights are the moving average of all steps: the result."""
+    """A run of `steps` steps, on `tracks` tracks and `firsts` first chunks (see Lessons); a seed gives the same run.
+
+    `average` is the student whose weights are the moving average of all steps: the result.
+    """
 
     def __init__(self, linear: LinearCodec, steps: int, tracks: int, firsts: int, seed: int = 0) -> None:
         self.steps = steps
@@ -183,6 +174,7 @@ class Training:
         self.rates = [group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def run(self) -> Iterator[Progress]:
+        """Takes one step after the other. Losses are mean weighted squares; that of own videos is of all stages."""
         for step in range(self.steps):
             losses = {}
             self.lessons.ripe = step >= RIPE * self.steps

@@ -18,8 +18,8 @@ from transformers import UMT5Config
 
 from helios_core.checkpoints import PARTS, Checkpoint, placement
 from helios_core.config import TransformerConfig
-from helios_core.demo.layout import write_layout
-from helios_core.demo.stand_in import TEXT_ENCODER, TRANSFORMER, character_tokenizer, write_checkpoint
+from helios_core.demo.layout import make_tokenizer, write_layout
+from helios_core.demo.stand_in import TEXT_ENCODER, TRANSFORMER, write_checkpoint
 from helios_core.demo.stand_in import VAE as VAE_CONFIG
 from helios_core.demo.words import vocabulary
 from helios_core.errors import CheckpointError, InvalidInput
@@ -216,7 +216,7 @@ def test_weights_are_written_as_they_are_and_as_one_file(made: Path, tmp_path: P
         text_encoder=(UMT5Config(**TEXT_ENCODER), weights["text_encoder"]),
         transformer=(TRANSFORMER, weights["transformer"]),
         vae=(VAE_CONFIG, weights["vae"]),
-        tokenizer=character_tokenizer(),
+        tokenizer=make_tokenizer(),
     )
     written = {path.parent.name: load_file(path) for path in tmp_path.rglob("*.safetensors")}
     assert len(list(tmp_path.rglob("*.safetensors*"))) == len(written) == 3  # and no index

@@ -19,7 +19,7 @@ from diffusers import (
 )
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from helios_core.demo.stand_in import character_tokenizer
+from helios_core.demo.layout import make_tokenizer
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def make_pipeline(variant: str, geometry: Geometry) -> Any:
     torch.manual_seed(geometry.width + geometry.height)
     parts = {
         "tokenizer": PreTrainedTokenizerFast(
-            tokenizer_object=character_tokenizer(),
+            tokenizer_object=make_tokenizer(),
             eos_token="</s>",
             pad_token="<pad>",
             unk_token="<unk>",
