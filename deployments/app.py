@@ -61,8 +61,14 @@ def build_app(config: AppConfig) -> tuple[Application, list[Pool]]:
         sampler = deploy(Sampler, settings.sampler, at_once=1, name=name, environment=TENSORS)
         samplers[own] = sampler.bind(config, settings.sampler, source)
     models = {
-        own: ModelHandles(settings.sampler, text_encoders[encoder], samplers[own], vae_decoders[decoder])
-        for settings, own, encoder, decoder in zip(config.models, ids, encoders, decoders, strict=True)
+        checkpoint.card.id: ModelHandles(
+            settings.sampler,
+            checkpoint.fingerprint(),
+            text_encoders[encoder],
+            samplers[checkpoint.card.id],
+            vae_decoders[decoder],
+        )
+        for settings, checkpoint, encoder, decoder in zip(config.models, checkpoints, encoders, decoders, strict=True)
     }
     director = deploy(DirectorReplica, config.director, at_once=MANY, name="Director").bind(config, models)
     ingress: Application = deploy(

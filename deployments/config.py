@@ -88,6 +88,7 @@ class AppConfig(Settings):
     models: tuple[ModelSettings, ...] = Field((ModelSettings(),), min_length=1)
     testing: bool = False  # allows settings that no real service wants
     store: str = "./helios-data"  # a folder, or s3://, gs://, az://
+    store_patience_s: float = Field(60.0, ge=0)  # for so long a video waits for a store that is away, then it fails
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=1, le=65535)
     # HAProxy in front: then a viewer who reads slowly is also sent to slowly. A running cluster (RAY_ADDRESS) needs

@@ -22,7 +22,7 @@ from deployments.director import NoSuchVideo
 from deployments.errors import CutOff, RequestError
 from deployments.making import ReplicaLost
 from deployments.records import ChunkRecord, News, StoredObject
-from deployments.store import ObjectMissing, Store
+from deployments.store import ObjectMissing, Store, StoreUnavailable, Superseded
 from helios_core.errors import HeliosError
 
 LIVE_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # the second: proxies must not hold it back
@@ -120,7 +120,7 @@ async def next_news(news: AskNews, seen: int) -> News:
     while True:
         try:
             return await news(seen)
-        except ReplicaLost:
+        except (ReplicaLost, Superseded, StoreUnavailable):
             await asyncio.sleep(ASK_AGAIN_S)
         except NoSuchVideo as error:
             raise CutOff("the video was deleted") from error

@@ -22,7 +22,7 @@ from deployments.making import Graph, Maker, NotPossible, RunningVideo, first_re
 from deployments.metrics import Metrics
 from deployments.origins import take_over
 from deployments.records import News, Page, Status, VideoError, VideoRecord, VideoRequestRecord, VideoStatus
-from deployments.store import ObjectMissing, Store, StoreUnavailable
+from deployments.store import ObjectMissing, Store, StoreUnavailable, Superseded
 from deployments.tracing import Tracer
 from deployments.turns import Turns
 from helios_core.errors import HeliosError
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 COLLECT_AFTER_S = 1.0
 NEWS_S = 5.0  # how long a watcher's question may stay open
+STORE_AGAIN_S = 5.0  # between two tries to store an end, or to read what is to be resumed
 UNWATCHED_S = 10.0  # how long a video that is made for its watchers goes on without one
 
 
@@ -67,25 +68,30 @@ class Director:
         store: Store,
         tracer: Tracer,
         term: int,
+        patience_s: float,
         keep_all_states: bool,
         log_prompts: bool,
     ) -> None:
-        self._store, self._tracer, self._term = store, tracer, term
+        self._graph, self._store, self._tracer, self._term = graph, store, tracer, term
+        self._patient = store.patient(patience_s)  # for what a video needs; who asks is told at once
         self._log_prompts = log_prompts
         self._running: dict[str, RunningVideo] = {}
+        self._resuming: dict[str, asyncio.Task[None]] = {}  # videos that an earlier Director left behind
+        self._superseded: Superseded | None = None
         self._hidden: set[str] = set()  # videos that are being stored or removed: to the outside there are none
         self._stopping = False
         self._collecting: asyncio.TimerHandle | None = None
         self._keep_all_states = keep_all_states
         self._turns = {model: Turns(partial(graph.samplers, model)) for model in graph.models}
         self._metrics = Metrics()
-        self._maker = Maker(graph, store, tracer, term, self._turns, self._metrics, keep_all_states)
+        self._maker = Maker(graph, self._patient, tracer, term, self._turns, self._metrics, keep_all_states)
         self._metrics.observe(
             running=lambda: sum(not video.record.ended for video in self._running.values()),
             waiting=lambda: sum(turns.waiting for turns in self._turns.values()),
             sampling=lambda: sum(turns.sampling for turns in self._turns.values()),
             samplers=lambda: sum(map(graph.samplers, graph.models)),
             watchers=lambda: sum(video.watchers for video in self._running.values()),
+            store_up=lambda: not store.health.away,
         )
 
     @classmethod
@@ -94,20 +100,27 @@ class Director:
         graph: Graph,
         store: Store,
         tracer: Tracer,
+        patience_s: float = 0.0,
         keep_all_states: bool = False,
         log_prompts: bool = False,
     ) -> Director:
-        """Takes the lead of `store` with a new term. Videos that an earlier Director left unfinished end as failed.
+        """Takes the lead of `store` with a new term, and goes on with the videos that an earlier Director left behind:
+        not here, so that none can keep it from starting.
 
-        `keep_all_states`: of each video, not only the last.
+        `patience_s`: how long a video waits for a store that is away; `keep_all_states`: of each video, not only the
+        last. Raises StoreUnavailable.
         """
-        director = cls(graph, store, tracer, await store.claim_term(), keep_all_states, log_prompts)
+        term = await store.claim_term()
+        director = cls(graph, store, tracer, term, patience_s, keep_all_states, log_prompts)
         for video_id in await store.active():
-            try:
-                await director._close_interrupted(video_id)
-            except (ValueError, StoreUnavailable):  # another version's, or bad luck: the rest must still be served
-                logger.exception("not closed", extra={"video_id": video_id})
+            task = asyncio.create_task(director._resume(video_id), name=f"resuming {video_id}")
+            director._resuming[video_id] = task
         return director
+
+    def check_health(self) -> None:
+        """Raises Superseded if another Director leads the store."""
+        if self._superseded is not None:
+            raise self._superseded
 
     async def ready(self) -> None:
         """Returns if videos can be accepted. Raises StoreUnavailable."""
@@ -119,13 +132,21 @@ class Director:
 
     # What clients ask for
 
-    async def create(self, request: VideoRequestRecord) -> VideoStatus:
+    async def create(self, request: VideoRequestRecord, again: bool = False) -> VideoStatus:
         """Accepts a video: it is stored before this returns, and made from then on, watched or not, unless it is to be
-        made `while_watched`. What it takes over from the video of its origin is copied.
+        made `while_watched`. What it takes over from the video of its origin is copied. `again`: it was asked for
+        before, and an earlier Director may have accepted it.
 
         Raises NoSuchVideo, Unreadable, NotPossible or InvalidInput if that one cannot give it.
         """
+        if again and await self._found(request.id) is None and await self._store.request(request.id) is not None:
+            await self._store.prepare(request.id)
+            await self._take_up(request.id)
+        if request.id in self._running:
+            return await self.get(request.id)
+        self.check_health()
         # Shielded: a caller that leaves now must not leave a stored video behind that nobody makes.
+        request = request.model_copy(update={"fingerprint": self._graph.fingerprint(request.spec.model)})
         return await _whole(self._accept(request))
 
     async def _begun(self, request: VideoRequestRecord) -> tuple[VideoRequestRecord, VideoRecord]:
@@ -148,29 +169,75 @@ class Director:
             try:
                 request, record = await self._begun(request)
                 await self._store.accept(request)
+                await self._store.check_leads(self._term)  # who claims a term from here on finds it active
+            except Superseded:
+                raise  # what was stored is for the other Director, who may be asked for it again
             except (HeliosError, OSError):
                 with suppress(StoreUnavailable):
                     await self._store.delete(request.id)  # its input, and what was copied
                 raise
-        video = RunningVideo(request, record)
         self._metrics.accepted(request.id, request.created_at)
         prompt = shown(request.spec.prompt, self._log_prompts)
         event(logger, "accepted", request, prompt=prompt, chunks=request.spec.chunks)
+        self._run(RunningVideo(request, record))
+        return self._status(record)
+
+    def _run(self, video: RunningVideo) -> None:
+        """Makes a video to its end."""
         self._watch_out(video)
-        self._running[request.id] = video
+        self._running[video.request.id] = video
         # In a context of its own: a video outlives the request that created it, but Ray cancels a request's calls with
         # the request.
-        apart = contextvars.Context()
-        video.making = asyncio.create_task(self._maker.make(video), name=f"making {request.id}", context=apart)
-        video.leading = asyncio.create_task(self._lead(video), name=f"leading {request.id}", context=apart)
-        return self._status(video.record)
+        apart, name = contextvars.Context(), video.request.id
+        video.making = asyncio.create_task(self._maker.make(video), name=f"making {name}", context=apart)
+        video.leading = asyncio.create_task(self._lead(video), name=f"leading {name}", context=apart)
+
+    # What an earlier Director left behind
+
+    async def _resume(self, video_id: str) -> None:
+        """Goes on with a video, or finishes what is left to do of it. What goes wrong is its own affair."""
+        try:
+            while not self._stopping:
+                try:
+                    return await self._take_up(video_id)
+                except StoreUnavailable as away:
+                    logger.warning("not resumed yet: %s", away, extra={"video_id": video_id})
+                    await asyncio.sleep(STORE_AGAIN_S)
+        except ValueError as error:  # another version's: it can only be deleted
+            logger.warning("not resumed: unreadable: %s", error, extra={"video_id": video_id})
+        except Exception:
+            logger.exception("not resumed", extra={"video_id": video_id})
+        finally:
+            del self._resuming[video_id]
+
+    async def _take_up(self, video_id: str) -> None:
+        request = await self._store.request(video_id)
+        if request is None:
+            return await self._store.delete(video_id)  # an acceptance or a deletion that was interrupted
+        record = await self._store.record(video_id)
+        if record is not None and record.ended:
+            return await self._tidy(request, record)
+        video = RunningVideo(request, record)
+        self._metrics.resumed(video.record, time.time())
+        event(logger, "resumed", request, chunks=len(video.record.chunks))
+        self._run(video)
+
+    async def _found(self, video_id: str) -> RunningVideo | None:
+        """A video that has not ended. Raises Superseded if that is not this Director's to say, StoreUnavailable if what
+        an earlier one left behind cannot be read yet."""
+        self.check_health()
+        if task := self._resuming.get(video_id):
+            await asyncio.wait([task], timeout=NEWS_S)
+            if not task.done():
+                raise StoreUnavailable(f"video {video_id} cannot be read yet; try again")
+        return self._running.get(video_id)
 
     async def change_prompt(self, video_id: str, prompt: str, transition_chunks: int) -> PromptChange:
         """Changes the prompt of a running video, from the next chunk on that has not begun: which, the answer says.
 
         Raises NoSuchVideo, Unreadable, or NotPossible if the video has ended or all its chunks have begun.
         """
-        video = self._running.get(video_id)
+        video = await self._found(video_id)
         if video is None or video.ending or video.cancelled:
             status = await self.get(video_id)
             raise NotPossible(f"video {video_id} is {status.status}; allowed: to change the prompt of a running video")
@@ -186,10 +253,11 @@ class Director:
         return self._status(await self._record(video_id))
 
     async def _record(self, video_id: str) -> VideoRecord:
+        video = await self._found(video_id)
         if video_id in self._hidden:
             raise NoSuchVideo(video_id)
-        if video_id in self._running:
-            return self._running[video_id].record
+        if video is not None:
+            return video.record
         try:
             record = await self._store.record(video_id)
         except ValueError as error:
@@ -225,7 +293,7 @@ class Director:
         Whoever watches asks again and again. A question that stays open is one that ends by itself: if its asker dies,
         Ray does not tell.
         """
-        video = self._running.get(video_id)
+        video = await self._found(video_id)
         if video is None:
             record = await self._record(video_id)
         else:
@@ -234,6 +302,7 @@ class Director:
                     async with asyncio.timeout(NEWS_S):
                         while len(video.record.chunks) <= seen and not video.record.ended:
                             await video.changed.wait()
+                            self.check_health()
                 except TimeoutError:
                     pass  # no news
             record = video.record
@@ -244,11 +313,14 @@ class Director:
 
         Raises NoSuchVideo or Unreadable.
         """
-        video = self._running.get(video_id)
+        video = await self._found(video_id)
         if video is None:
             return await self.get(video_id)
         self._cancel(video)
-        await asyncio.wait([video.leading])
+        over = asyncio.create_task(video.over.wait())
+        await asyncio.wait([over, video.leading], return_when=asyncio.FIRST_COMPLETED)
+        over.cancel()
+        self.check_health()
         return self._status(video.record)
 
     async def delete(self, video_id: str) -> None:
@@ -256,16 +328,18 @@ class Director:
         await _whole(self._delete(video_id))
 
     async def _delete(self, video_id: str) -> None:
-        request = None if video_id in self._running else await self._request(video_id)
-        stored = video_id in self._running or await self._store.has(video_id)
-        if video := self._running.get(video_id):
-            request = video.request
-            await self.cancel(video_id)
-        if video_id in self._hidden or not stored:
+        stored = await self._store.has(video_id)  # asked first: what was not there then may be under way now
+        video = await self._found(video_id)
+        if video_id in self._hidden or (video is None and not stored):
             raise NoSuchVideo(video_id)
         with self._hiding(video_id):
+            if not await self._store.has(video_id):  # another deletion was faster
+                raise NoSuchVideo(video_id)
+            request = await self._request(video_id) if video is None else video.request
+            if video is not None:
+                self._cancel(video)
+                await asyncio.wait([video.leading])
             await self._store.delete(video_id)
-            self._running.pop(video_id, None)  # it is still there if its end could not be stored
         if request is not None:
             event(logger, "deleted", request)
 
@@ -285,12 +359,29 @@ class Director:
 
     async def stop(self) -> None:
         """Stops all work at once, without ending any video: for a service that is about to go."""
+        await self._drop_all()
+        await asyncio.to_thread(self._tracer.close)
+
+    async def _drop_all(self) -> None:
         self._stopping = True
+        for resuming in self._resuming.values():
+            resuming.cancel()
+        await asyncio.gather(*self._resuming.values(), return_exceptions=True)
         videos = list(self._running.values())
         for video in videos:
             self._cancel(video)
-        await asyncio.gather(*(video.leading for video in videos))
-        await asyncio.to_thread(self._tracer.close)
+            if video.record.ended:  # all that is left is to store that
+                video.leading.cancel()
+        await asyncio.gather(*(video.leading for video in videos), return_exceptions=True)
+
+    def _step_down(self, superseded: Superseded) -> None:
+        """Another Director leads the store: this one leaves all videos to it."""
+        if self._superseded is None:
+            logger.error("superseded: %s", superseded)
+            self._superseded = superseded
+            for video in self._running.values():
+                video.update(video.record)  # wakes those who watch, who then ask the other one
+            self._dropping = asyncio.create_task(self._drop_all(), context=contextvars.Context())
 
     def _status(self, record: VideoRecord) -> VideoStatus:
         turns = self._turns.get(record.spec.model)  # a stored video's model may be served no more
@@ -333,7 +424,11 @@ class Director:
             video.ending = True
             if video.changes:
                 await asyncio.wait(video.changes)
-            await self._end(video, *_outcome(video))
+            try:
+                _raise_superseded(video.making)
+                await self._end(video, *_outcome(video))
+            except Superseded as superseded:
+                return self._step_down(superseded)
             span.set_attributes({"status": video.record.status, "chunks": len(video.record.chunks)})
         if video.record.status != "completed" or video.retries:
             self._collect_soon()
@@ -356,20 +451,30 @@ class Director:
         changes = {"status": status, "error": error, "completed_at": time.time()}
         ended = video.record.model_copy(update=changes)
         try:
-            await self._store.put_record(ended, self._term)
+            await self._patient.put_record(ended, self._term)
         except StoreUnavailable as lost:
-            # What was committed is safe, the end is not: memory keeps it for those who ask, and the next Director will
-            # find the video active.
+            # What was committed is safe, the end is not: those who wait are told, and it is stored when that can be.
             event(logger, "end not stored", video.request, logging.ERROR, reason=str(lost))
             failure = VideoError(code=lost.code, message=str(lost))
             ended = video.record.model_copy(update={**changes, "status": "failed", "error": failure})
-        else:
-            await self._tidy(video.request, ended)
-            del self._running[ended.id]  # not before: whoever deletes it waits until nothing more is done to it
+            self._tell_end(video, ended)
+            await self._put_when_back(ended)
+        await self._tidy(video.request, ended)
+        del self._running[ended.id]  # not before: whoever deletes it waits until nothing more is done to it
+        if not video.record.ended:
+            self._tell_end(video, ended)
+
+    def _tell_end(self, video: RunningVideo, ended: VideoRecord) -> None:
         video.update(ended)
         self._metrics.ended(ended)
         code = ended.error.code if ended.error else None
         event(logger, "ended", video.request, status=ended.status, code=code, chunks=len(ended.chunks))
+
+    async def _put_when_back(self, ended: VideoRecord) -> None:
+        while True:
+            await asyncio.sleep(STORE_AGAIN_S)
+            with suppress(StoreUnavailable):
+                return await self._store.put_record(ended, self._term)
 
     async def _tidy(self, request: VideoRequestRecord, ended: VideoRecord) -> None:
         """Removes what an ended video leaves behind: what no record names, and its active marker, last."""
@@ -379,25 +484,20 @@ class Director:
         except StoreUnavailable as error:  # it stays active: the next Director tries again
             event(logger, "not tidied up", request, logging.WARNING, reason=str(error))
 
-    async def _close_interrupted(self, video_id: str) -> None:
-        request = await self._store.request(video_id)
-        if request is None:
-            await self._store.delete(video_id)  # a deletion that was interrupted
-            return
-        record = await self._store.record(video_id)
-        if record is None:
-            record = first_record(request)
-        if not record.ended:
-            record = _interrupted(record).model_copy(update={"completed_at": time.time()})
-            await self._store.put_record(record, self._term)
-        await self._tidy(request, record)
-
 
 async def _whole(work: Awaitable[T]) -> T:
     """`work`, done to its end also if the caller leaves."""
     task = asyncio.ensure_future(work)
     task.add_done_callback(lambda done: done.cancelled() or done.exception())  # a caller who left does not hear of it
     return await asyncio.shield(task)
+
+
+def _raise_superseded(making: asyncio.Task[None]) -> None:
+    """Raises what ended the making of a video, if that was another Director."""
+    error = None if making.cancelled() else making.exception()
+    for leaf in () if error is None else leaves(error):
+        if isinstance(leaf, Superseded):
+            raise leaf
 
 
 def _outcome(video: RunningVideo) -> tuple[Status, VideoError | None]:

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from deployments.director import NoSuchVideo, Unreadable
 from deployments.making import NotPossible, ReplicaLost, TextLost
 from deployments.schemas import error_object
-from deployments.store import StoreUnavailable
+from deployments.store import StoreFull, StoreUnavailable, Superseded
 from helios_core.errors import HeliosError, InvalidInput
 
 RETRY = {"Retry-After": "5"}  # seconds
@@ -49,7 +49,9 @@ def status_of(error: HeliosError) -> int:
             return 404
         case Unreadable() | NotPossible():
             return 409
-        case StoreUnavailable() | TextLost():
+        case StoreFull():
+            return 507
+        case StoreUnavailable() | Superseded() | TextLost():
             return 503
     return 500
 
@@ -65,7 +67,7 @@ def install_error_handlers(app: FastAPI) -> None:
         param = error.field if isinstance(error, InvalidInput) else getattr(error, "param", None)
         logger.info("refused", extra={"status": status, "code": error.code, "param": param})
         body = error_object(str(error), status, param, error.code)
-        headers = {409: FINAL, 503: RETRY}.get(status, getattr(error, "headers", None))
+        headers = {409: FINAL, 503: RETRY, 507: RETRY}.get(status, getattr(error, "headers", None))
         return JSONResponse(body, status, headers)
 
     @app.exception_handler(ReplicaLost)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
 from deployments.config import AppConfig, Pool
 from deployments.director import Director
 from deployments.logs import log_with_serve
-from deployments.making import Ref
+from deployments.making import Ref, ReplicaLost
 from deployments.ray_calls import call, call_by_reference, call_to_its_end, live_replicas
 from deployments.records import (
     Call,
@@ -23,16 +25,21 @@ from deployments.records import (
     VideoRequestRecord,
     VideoStatus,
 )
-from deployments.store import Store
+from deployments.store import Store, Superseded
 from deployments.tracing import Tracer
 from helios_core.spec import PromptChange, VideoSpec
+
+LEADERLESS = (ReplicaLost, Superseded)  # the Director died, or another one leads
+ASK_AGAIN_S = 0.5
+NEXT_DIRECTOR_S = 30.0
 
 
 @dataclass(frozen=True)
 class ModelHandles:
-    """Who computes for one model. `pool`: its samplers'."""
+    """Who computes for one model. `pool`: its samplers'; `fingerprint`: its checkpoint's."""
 
     pool: Pool
+    fingerprint: str
     text_encoder: DeploymentHandle
     sampler: DeploymentHandle
     vae_decoder: DeploymentHandle
@@ -48,6 +55,9 @@ class ServeGraph:
     @property
     def models(self) -> Sequence[str]:
         return list(self._models)
+
+    def fingerprint(self, model: str) -> str:
+        return self._models[model].fingerprint
 
     def samplers(self, model: str) -> int:
         pool, live = self._models[model].pool, live_replicas(self._models[model].sampler)
@@ -84,12 +94,16 @@ class DirectorReplica:
             ServeGraph(models),
             Store(config.store),
             tracer,
+            patience_s=config.store_patience_s,
             keep_all_states=config.keep_states == "all",
             log_prompts=config.log_prompts,
         )
 
-    async def create(self, request: VideoRequestRecord) -> VideoStatus:
-        return await self._director.create(request)
+    def check_health(self) -> None:
+        self._director.check_health()
+
+    async def create(self, request: VideoRequestRecord, again: bool = False) -> VideoStatus:
+        return await self._director.create(request, again)
 
     async def get(self, video_id: str) -> VideoStatus:
         return await self._director.get(video_id)
@@ -132,16 +146,19 @@ class RemoteDirector:
     async def ready(self) -> None:
         await call(self._handle, "ready")
 
-    async def create(self, request: VideoRequestRecord) -> VideoStatus:
-        status: VideoStatus = await call(self._handle, "create", request)
+    async def create(self, request: VideoRequestRecord, again: bool = False) -> VideoStatus:
+        try:
+            status: VideoStatus = await call(self._handle, "create", request, again)
+        except LEADERLESS:
+            status = await self._of_next("create", request, True)  # it may have been accepted
         return status
 
     async def get(self, video_id: str) -> VideoStatus:
-        status: VideoStatus = await call(self._handle, "get", video_id)
+        status: VideoStatus = await self._of_any("get", video_id)
         return status
 
     async def page(self, limit: int, after: str | None, newest_first: bool) -> Page:
-        page: Page = await call(self._handle, "page", limit, after, newest_first)
+        page: Page = await self._of_any("page", limit, after, newest_first)
         return page
 
     async def news(self, video_id: str, seen: int) -> News:
@@ -153,7 +170,7 @@ class RemoteDirector:
         return change
 
     async def cancel(self, video_id: str) -> VideoStatus:
-        status: VideoStatus = await call(self._handle, "cancel", video_id)
+        status: VideoStatus = await self._of_any("cancel", video_id)
         return status
 
     async def delete(self, video_id: str) -> None:
@@ -162,3 +179,22 @@ class RemoteDirector:
     async def metrics(self) -> bytes:
         text: bytes = await call(self._handle, "metrics")
         return text
+
+    async def _of_any(self, method: str, *args: Any) -> Any:
+        """The answer to what may be asked twice: of the next Director, if this one dies over it."""
+        try:
+            return await call(self._handle, method, *args)
+        except LEADERLESS:
+            return await self._of_next(method, *args)
+
+    async def _of_next(self, method: str, *args: Any) -> Any:
+        """The answer of the Director that follows one that died. Raises as the last one does after NEXT_DIRECTOR_S."""
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + NEXT_DIRECTOR_S
+        while True:
+            await asyncio.sleep(ASK_AGAIN_S)  # the call itself waits in Serve until there is a Director
+            try:
+                return await call(self._handle, method, *args)
+            except LEADERLESS:
+                if clock() >= deadline:
+                    raise

@@ -60,7 +60,7 @@ class DirectorCalls(Protocol):
     """The Director's public methods, called in process or through a Serve handle."""
 
     async def ready(self) -> None: ...
-    async def create(self, request: VideoRequestRecord) -> VideoStatus: ...
+    async def create(self, request: VideoRequestRecord, again: bool = False) -> VideoStatus: ...
     async def get(self, video_id: str) -> VideoStatus: ...
     async def page(self, limit: int, after: str | None, newest_first: bool) -> Page: ...
     async def news(self, video_id: str, seen: int) -> News: ...
@@ -79,6 +79,7 @@ def http_app(
     models = {card.id: card for card in cards}
     drafts = Drafts(config, models, director.get, store)
     leaving: set[asyncio.Task[None]] = set()
+    patient = store.patient(config.store_patience_s)  # for bodies that have begun: viewers wait
 
     async def accepted(
         request: Request, draft: Callable[..., Awaitable[Draft]], *of: str, while_watched: bool = False
@@ -118,7 +119,7 @@ def http_app(
 
     async def watched_bytes(video_id: str) -> AsyncGenerator[bytes, None]:
         try:
-            async for data in live_bytes(partial(director.news, video_id), store):
+            async for data in live_bytes(partial(director.news, video_id), patient):
                 yield data
         except (asyncio.CancelledError, GeneratorExit):
             leave(video_id)
@@ -192,16 +193,18 @@ def http_app(
             record = await store.record(video_id)
             if record is None or record.thumbnail is None:
                 raise NotPossible(f"video {video_id} has no frames yet; allowed: once its first chunk is made")
-            return file_response(request, [record.thumbnail], store, whole=True, media_type="image/jpeg")
+            return file_response(request, [record.thumbnail], patient, whole=True, media_type="image/jpeg")
         if not video.ended:
-            return live_response(request, partial(director.news, video_id), store)
+            return live_response(request, partial(director.news, video_id), patient)
         if video.status != "completed" and not (query.partial == "true" and video.usage.chunks):
             why = f": {video.error.message}" if video.error else ""
             raise RequestError(409, f"video_{video.status}", f"video {video_id} is {video.status}{why}")
         record = await store.record(video_id)
         if record is None:
             raise NoSuchVideo(video_id)
-        return file_response(request, objects_of(record.init, record.chunks), store, whole=video.status == "completed")
+        return file_response(
+            request, objects_of(record.init, record.chunks), patient, whole=video.status == "completed"
+        )
 
     @app.get("/v1/models")
     async def list_models() -> JSONResponse:

@@ -23,6 +23,7 @@ from deployments.metrics import Metrics
 from deployments.records import (
     Call,
     Rendered,
+    Run,
     SampleReport,
     StoredObject,
     VideoRecord,
@@ -69,6 +70,10 @@ class Graph(Protocol):
     @property
     def models(self) -> Sequence[str]:
         """The ids of the models that are served."""
+        ...
+
+    def fingerprint(self, model: str) -> str:
+        """Of the model's weights and configuration: another one makes other videos of the same seeds."""
         ...
 
     def samplers(self, model: str) -> int:
@@ -120,6 +125,12 @@ class EncoderChanged(HeliosError):
     code = "encoder_changed"
 
 
+class ModelChanged(HeliosError):
+    """A video cannot go on, because its model is another one now or not served any more."""
+
+    code = "model_changed"
+
+
 class NotPossible(HeliosError):
     """A request that does not fit where a video stands. The message says what would."""
 
@@ -134,11 +145,12 @@ class RunningVideo:
         self.request = request
         self.record = first_record(request) if record is None else record
         self.changed = asyncio.Event()
+        self.over = asyncio.Event()  # its end was told
         self.writing = asyncio.Lock()  # held by whoever puts the record, from reading the one that it follows
         self.cancelled = False  # somebody wants it to end
         self.ending = False  # nothing is left to cancel
         # Chunks whose texts are fixed: a change of the prompt begins with the next one.
-        self.issued = 0 if self.record.start is None else self.record.start.seen
+        self.issued = max(len(self.record.chunks), self.record.start.seen if self.record.start else 0)
         self.texts: dict[str, Ref] = {}  # the prompts that were encoded, by reference while that is good
         self.stored_texts: dict[str, StoredObject] = {}
         self.changes: set[asyncio.Task[PromptChange]] = set()  # of the prompt, under way
@@ -152,6 +164,8 @@ class RunningVideo:
         self.record = record
         self.changed.set()
         self.changed = asyncio.Event()
+        if record.ended:
+            self.over.set()
 
     def call(self, attempt: int, span: Span | None = None) -> Call:
         """A call to a replica whose work is a part of `span`, or of the video's own span."""
@@ -184,7 +198,11 @@ class Maker:
         self._turns, self._metrics, self._keep_all_states = turns, metrics, keep_all_states
 
     async def make(self, video: RunningVideo) -> None:
-        """All chunks. If an input is lost on the way, again from the last commit, with what the store has."""
+        """All chunks. If an input is lost on the way, again from the last commit, with what the store has.
+
+        Raises ModelChanged if the video was to be made by another model than the one that is served.
+        """
+        self._check_model(video.request)
         while True:
             try:
                 return await self._make_from_last_commit(video)
@@ -196,6 +214,13 @@ class Maker:
             if video.cancelled:  # a task group on its way out with an error forgets a cancel
                 raise asyncio.CancelledError
             await self._wait_for_retry(video, len(video.record.chunks), lost)
+
+    def _check_model(self, request: VideoRequestRecord) -> None:
+        model = request.spec.model
+        if model not in self._graph.models:
+            raise ModelChanged(f"model {model} made this video and is not served any more")
+        if request.fingerprint != self._graph.fingerprint(model):
+            raise ModelChanged(f"model {model} has other weights or another configuration than when this video began")
 
     async def _make_from_last_commit(self, video: RunningVideo) -> None:
         spec, made = video.record.spec, video.record.chunks
@@ -320,9 +345,9 @@ class Maker:
         with ending(chunk):
             rendered = await self._retried(video, index, attempt)
             with self._tracer.span("commit", traceparent(chunk)):
-                await _finished(self._commit(video, rendered))
+                await _finished(self._commit(video, rendered, sampled.run))
 
-    async def _commit(self, video: RunningVideo, rendered: Rendered) -> None:
+    async def _commit(self, video: RunningVideo, rendered: Rendered, run: Run | None) -> None:
         chunk = rendered.chunk
         async with video.writing:
             record = video.record
@@ -330,10 +355,7 @@ class Maker:
                 raise RuntimeError(f"video {record.id}: chunk {chunk.index} came when {len(record.chunks)} was due")
             if record.init is not None and record.init.sha256 != rendered.init.sha256:
                 raise EncoderChanged(f"chunk {chunk.index} has another init segment than the chunks before it")
-            thumbnail = rendered.thumbnail or record.thumbnail
-            committed = record.model_copy(
-                update={"init": rendered.init, "thumbnail": thumbnail, "chunks": (*record.chunks, chunk)}
-            )
+            committed = record.with_chunk(rendered, run)
             await self._store.put_record(committed, self._term)
             video.update(committed)
         self._metrics.committed(committed, time.time())

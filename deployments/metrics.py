@@ -38,6 +38,7 @@ class Metric:
 
 METRICS: tuple[Metric, ...] = (
     Metric("helios_videos_accepted_total", "counter", "Videos accepted."),
+    Metric("helios_videos_resumed_total", "counter", "Videos taken over from an earlier Director."),
     Metric(
         "helios_videos_ended_total",
         "counter",
@@ -49,6 +50,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("helios_sampling", "gauge", "Sample calls under way."),
     Metric("helios_samplers", "gauge", "Sample calls that may be under way at once: sampler replicas that live."),
     Metric("helios_watchers", "gauge", "Watchers of running videos."),
+    Metric("helios_store_up", "gauge", "Whether videos can be stored: 1, or 0 if the Director's last try failed."),
     Metric(
         "helios_retries_total",
         "counter",
@@ -150,6 +152,12 @@ class Metrics:
         self._counters["helios_videos_accepted_total"].inc()
         self._clocks[video_id] = _Clock(at)
 
+    def resumed(self, record: VideoRecord, at: float) -> None:
+        """A video was taken over from an earlier Director, whose viewers do not see what it had committed again."""
+        self._counters["helios_videos_resumed_total"].inc()
+        committed = at if record.chunks else None
+        self._clocks[record.id] = _Clock(record.created_at, committed, shown_until=at)
+
     def waited(self, seconds: float) -> None:
         """A video got a sampler, this long after it had asked for one."""
         self._observe("helios_turn_wait_seconds", seconds)
@@ -196,6 +204,7 @@ class Metrics:
         sampling: Callable[[], int],
         samplers: Callable[[], int],
         watchers: Callable[[], int],
+        store_up: Callable[[], bool],
     ) -> None:
         """Where the gauges are read from, at each `text`. Until then they are 0."""
         self._gauges["helios_videos_running"].set_function(running)
@@ -203,6 +212,7 @@ class Metrics:
         self._gauges["helios_sampling"].set_function(sampling)
         self._gauges["helios_samplers"].set_function(samplers)
         self._gauges["helios_watchers"].set_function(watchers)
+        self._gauges["helios_store_up"].set_function(store_up)
 
     def _observe(self, name: str, value: float) -> None:
         # A clock may be set back, and a sum that falls looks like a restart to Prometheus.

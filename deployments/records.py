@@ -46,12 +46,22 @@ class Timings(Record):
     store_seconds: float
 
 
+class Run(Record):
+    """Under what the chunks of a video were made, from one on. `version`: of this package; `device`: the sampler's."""
+
+    version: str
+    device: str
+    from_chunk: int
+
+
 class SampleReport(Record):
-    """What a sampler says of the chunk that it made: transformer steps run, seconds, and when it began (Unix time)."""
+    """What a sampler says of the chunk that it made: transformer steps run, seconds, when it began (Unix time), and on
+    what it runs."""
 
     steps: int
     started_at: float
     seconds: float
+    run: Run | None = None  # None: no sampler made it
 
 
 class ChunkRecord(Record):
@@ -94,6 +104,7 @@ class VideoRequestRecord(Record):
     `input`: the image or video of an image- or video-to-video.
     `traceparent`: the W3C context of the request that asked, on which every span of the video hangs.
     `while_watched`: the video is made only as long as somebody watches it.
+    `fingerprint`: of the model that was to make it, as the Graph tells it.
     """
 
     id: str
@@ -103,6 +114,7 @@ class VideoRequestRecord(Record):
     origin: Origin | None = None
     traceparent: str | None = None
     while_watched: bool = False
+    fingerprint: str | None = None
 
 
 class Start(Record):
@@ -131,8 +143,21 @@ class VideoRecord(Record):
     init: StoredObject | None = None  # with the first chunk
     thumbnail: StoredObject | None = None  # with chunk 0
     chunks: tuple[ChunkRecord, ...] = ()
+    runs: tuple[Run, ...] = ()
     completed_at: float | None = None
     error: VideoError | None = None
+
+    def with_chunk(self, rendered: Rendered, run: Run | None) -> VideoRecord:
+        """This record with its next chunk, which was made under `run`."""
+        same = self.runs[-1].model_copy(update={"from_chunk": rendered.chunk.index}) if self.runs else None
+        return self.model_copy(
+            update={
+                "init": rendered.init,
+                "thumbnail": rendered.thumbnail or self.thumbnail,
+                "chunks": (*self.chunks, rendered.chunk),
+                "runs": self.runs if run in (None, same) else (*self.runs, run),
+            }
+        )
 
     @property
     def ended(self) -> bool:
@@ -168,6 +193,7 @@ class VideoStatus(Record):
     completed_at: float | None
     error: VideoError | None
     usage: Usage
+    runs: tuple[Run, ...]
     queue_position: int | None
 
     @classmethod
@@ -187,6 +213,7 @@ class VideoStatus(Record):
                 sampler_seconds=sum(chunk.timings.sample_seconds for chunk in own),
                 started_at=own[0].timings.sample_started_at if own else None,
             ),
+            runs=record.runs,
             queue_position=queue_position,
         )
 

@@ -7,11 +7,14 @@ import threading
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from typing import Any
+
+import torch
 
 from deployments.config import AppConfig, SamplerPool
 from deployments.logs import log_with_serve
-from deployments.records import Call, SampleReport, StoredObject
+from deployments.records import Call, Run, SampleReport, StoredObject
 from deployments.store import Store
 from deployments.tracing import Tracer
 from deployments.watchdog import Watchdog
@@ -20,6 +23,8 @@ from helios_core.errors import Cancelled
 from helios_core.spec import VideoSpec
 from helios_core.state import StreamState
 from helios_core.text import TextEmbeddings, blend
+
+VERSION = version("helios-serve")
 
 
 class Sampler:
@@ -33,8 +38,9 @@ class Sampler:
         checkpoint = Checkpoint.open(source)
         self._vae_config = checkpoint.vae
         self._sampler = checkpoint.load_sampler(device, dtype)
+        self._device = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         self._min_chunk_seconds = pool.min_chunk_seconds
-        self._store = Store(config.store)
+        self._store = Store(config.store, config.store_patience_s)
         self._tracer = Tracer("sampler", config.trace_file)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sampler")
         self._free = asyncio.Lock()
@@ -106,7 +112,8 @@ class Sampler:
                     raise
                 seconds = time.perf_counter() - clock
         yield after
-        yield SampleReport(steps=done, started_at=started_at, seconds=seconds)
+        run = Run(version=VERSION, device=self._device, from_chunk=index)
+        yield SampleReport(steps=done, started_at=started_at, seconds=seconds, run=run)
 
     async def _fetched(self, kind: Any, value: Any) -> Any:
         """`value`, or what it was stored as."""

@@ -25,12 +25,14 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import hashlib
+import logging
 import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -44,6 +46,8 @@ from obstore.store import LocalStore, from_url
 from deployments.records import StoredObject, VideoRecord, VideoRequestRecord
 from helios_core.errors import HeliosError, InvalidInput
 
+logger = logging.getLogger(__name__)
+
 R = TypeVar("R")
 
 VIDEO_ID = re.compile(r"video_[0-9a-f]{32}")
@@ -56,12 +60,27 @@ THREADS = 32  # operations under way at once; more wait. Threads are made as the
 
 # Enough to ride out one lost connection. How long a video may wait for its store is decided by the callers.
 RETRIES = {"max_retries": 3, "retry_timeout": timedelta(seconds=10)}
+CLIENT = {"timeout": timedelta(seconds=20)}  # of one request: a server that hangs is one that is away
+TRY_AGAIN_S = 1.0  # a patient store tries again so long after a failure
+NO_ROOM = re.compile(r"os error (28|122)\b|StorageFull|507 Insufficient Storage")  # ENOSPC, EDQUOT, MinIO's, HTTP's
 
 
 class StoreUnavailable(HeliosError):
     """The store cannot be reached or refuses the operation. It may be back later."""
 
     code = "store_unavailable"
+
+
+class StoreFull(StoreUnavailable):
+    """The store has no room left."""
+
+    code = "store_full"
+
+
+class Superseded(HeliosError):
+    """A newer term leads: what this one's Director does counts no more."""
+
+    code = "superseded"
 
 
 class ObjectMissing(HeliosError):
@@ -94,16 +113,26 @@ def is_video_id(text: str) -> bool:
     return VIDEO_ID.fullmatch(text) is not None
 
 
+@dataclass
+class Health:
+    """Of a store as one process sees it. `away`: its last operation failed."""
+
+    away: bool = False
+
+
 class Store:
     """Objects below `url`: a folder (a path or file://, made if it is missing) or s3://, gs://, az://.
 
     Credentials and endpoints come from the cloud's usual environment variables. A Store travels between processes as
-    its URL. Every method raises StoreUnavailable if the store cannot be reached, and those that take a video's id
-    raise InvalidInput for a text that is not one, before it becomes part of a key.
+    its URL. Every method raises StoreUnavailable if the store cannot be reached, StoreFull if it has no room, and those
+    that take a video's id raise InvalidInput for a text that is not one, before it becomes part of a key.
     """
 
-    def __init__(self, url: str) -> None:
-        """Raises InvalidInput for a URL of another scheme, StoreUnavailable if it cannot be opened."""
+    def __init__(self, url: str, patience_s: float = 0.0) -> None:
+        """`patience_s`: for so many seconds what fails is tried again.
+
+        Raises InvalidInput for a URL of another scheme, StoreUnavailable if it cannot be opened.
+        """
         scheme, separator, _ = url.partition("://")
         self.folder: Path | None = None
         if not separator or scheme == "file":
@@ -112,12 +141,24 @@ class Store:
         elif scheme not in ("s3", "gs", "az"):
             raise InvalidInput("store", url, "a folder, file://, s3://, gs:// or az://")
         self.url = str(self.folder or url)
+        self.patience_s = patience_s
+        self.health = Health()
         with self._errors():
-            self._objects = LocalStore(self.folder, mkdir=True) if self.folder else from_url(url, retry_config=RETRIES)
+            self._objects = (
+                LocalStore(self.folder, mkdir=True)
+                if self.folder
+                else from_url(url, retry_config=RETRIES, client_options=CLIENT)
+            )
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="store")
 
-    def __reduce__(self) -> tuple[type[Store], tuple[str]]:
-        return Store, (self.url,)
+    def patient(self, seconds: float) -> Store:
+        """This store for those who can wait: what fails is tried again for so long."""
+        other = object.__new__(type(self))
+        vars(other).update(vars(self), patience_s=seconds)
+        return other
+
+    def __reduce__(self) -> tuple[type[Store], tuple[str, float]]:
+        return Store, (self.url, self.patience_s)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -152,6 +193,11 @@ class Store:
     async def newest_term(self) -> int:
         """The highest term that was claimed; 0 before the first."""
         return max((int(name) for name in await self._names("terms") if TERM.fullmatch(name)), default=0)
+
+    async def check_leads(self, term: int) -> None:
+        """Raises Superseded if a newer term was claimed."""
+        if (newest := await self.newest_term()) > term:
+            raise Superseded(f"term {newest} leads, and not {term}")
 
     async def accept(self, request: VideoRequestRecord) -> None:
         """Store a request and mark it active: from here on a starting Director resumes it."""
@@ -191,8 +237,13 @@ class Store:
         return VideoRequestRecord.model_validate_json(data)
 
     async def put_record(self, record: VideoRecord, term: int) -> None:
-        """The commit: once this returns, every object that `record` names counts."""
+        """The commit: once this returns, every object that `record` names counts.
+
+        Raises Superseded if a newer term was claimed: then it may count or not. That order of things makes it safe: who
+        claims a term after this look reads this very record.
+        """
         await self._put(f"videos/{_checked(record.id)}/record.t{term}.json", record.model_dump_json().encode())
+        await self.check_leads(term)
 
     async def record(self, video_id: str) -> VideoRecord | None:
         """The record of the highest term, or None if nothing was committed yet."""
@@ -324,8 +375,29 @@ class Store:
         return [PurePosixPath(item["path"]).name for item in listing["objects"]]
 
     async def _run(self, operation: Callable[..., R], *args: object, **options: object) -> R:
-        """One of obstore's blocking operations. One that has begun is waited for, also by a caller who is cancelled: a
-        put that arrived after the next one would undo it."""
+        """One of obstore's blocking operations, tried again while patience lasts."""
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + self.patience_s
+        while True:
+            try:
+                done = await self._run_once(operation, *args, **options)
+            except (AlreadyExistsError, FileNotFoundError):
+                self.health.away = False  # an answer, too
+                raise
+            except (BaseError, OSError) as error:
+                if not self.health.away:
+                    logger.warning("store away: %s: %s", self.url, _first_line(error))
+                self.health.away = True
+                if clock() >= deadline:
+                    raise
+                await asyncio.sleep(TRY_AGAIN_S)
+            else:
+                self.health.away = False
+                return done
+
+    async def _run_once(self, operation: Callable[..., R], *args: object, **options: object) -> R:
+        """One that has begun is waited for, also by a caller who is cancelled: a put that arrived after the next one
+        would undo it."""
         call = self._threads.submit(operation, self._objects, *args, **options)
         done = asyncio.wrap_future(call)
         try:
@@ -343,8 +415,12 @@ class Store:
         except AlreadyExistsError:
             raise
         except (BaseError, OSError) as error:
-            reason = str(error).partition("\n")[0]  # the rest is Rust's debug form of the same
-            raise StoreUnavailable(f"{self.url}: {reason}") from error
+            kind = StoreFull if NO_ROOM.search(str(error)) else StoreUnavailable
+            raise kind(f"{self.url}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]  # the rest is Rust's debug form of the same
 
 
 def _list_all(objects: Any, prefix: str) -> list[str]:

@@ -24,7 +24,7 @@ class TextEncoder:
         use_threads(config.torch_threads)
         device, dtype = placement(config.text_encoder.device, config.text_encoder.dtype)
         self._encoder = Checkpoint.open(source).load_text_encoder(device, dtype)
-        self._store = Store(config.store)
+        self._store = Store(config.store, config.store_patience_s)
         self._tracer = Tracer("text_encoder", config.trace_file)
         self._log_prompts = config.log_prompts
         self._watchdog = Watchdog(config.text_encoder.max_call_seconds)

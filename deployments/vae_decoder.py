@@ -40,7 +40,7 @@ class VaeDecoder:
         use_threads(config.torch_threads)
         device, _ = placement(config.vae_decoder.device)
         self._vae = Checkpoint.open(source).load_vae(device)
-        self._store = Store(config.store)
+        self._store = Store(config.store, config.store_patience_s)
         self._uploads = config.uploads.media_limits()
         self._tracer = Tracer("vae_decoder", config.trace_file)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="vae")

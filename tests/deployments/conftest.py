@@ -69,7 +69,7 @@ async def serving(folder: Path, *models: str, keep_all_states: bool = False) -> 
     config = config.override(models=[{"model": model} for model in models or ("random",)])
     store = ReadStore(config.store)
     graph = GatedGraph(config)
-    director = await Director.start(graph, store, Tracer("director"), keep_all_states)
+    director = await Director.start(graph, store, Tracer("director"), keep_all_states=keep_all_states)
     trace_file = folder / "spans"
     tracer = Tracer("ingress", str(trace_file))
     app = http_app(config, [Checkpoint.open(each.model).card for each in config.models], director, store, tracer)

@@ -23,11 +23,18 @@ class LocalGraph:
             Checkpoint.open(settings.model).card.id: Sampler(config, settings.sampler, settings.model)
             for settings in config.models
         }
+        self._fingerprints = {
+            checkpoint.card.id: checkpoint.fingerprint()
+            for checkpoint in (Checkpoint.open(settings.model) for settings in config.models)
+        }
         self.log: list[str] = []
 
     @property
     def models(self) -> list[str]:
         return list(self._samplers)
+
+    def fingerprint(self, model: str) -> str:
+        return self._fingerprints[model]
 
     def samplers(self, model: str) -> int:
         return 1

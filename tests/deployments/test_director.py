@@ -10,6 +10,7 @@ import gc
 import hashlib
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from deployments.records import (
     Call,
     ChunkRecord,
     Rendered,
+    Run,
     SampleReport,
     StoredObject,
     VideoError,
@@ -29,7 +31,7 @@ from deployments.records import (
     VideoRequestRecord,
     VideoStatus,
 )
-from deployments.store import Store, StoreUnavailable, new_video_id
+from deployments.store import Store, StoreUnavailable, Superseded, new_video_id
 from deployments.tracing import Tracer
 from helios_core.config import CHUNK_FRAMES
 from helios_core.errors import HeliosError, InvalidInput, MediaError
@@ -100,16 +102,17 @@ class GatedGraph(LocalGraph):
 
 
 class LoggedStore(Store):
-    """A Store that writes commits into the graph's log, until it is `away`. The last one waits for `end_gate`."""
+    """A Store that writes commits into the graph's log, unless it is `gone`. The last one waits for `end_gate`."""
 
     def __init__(self, url: str, log: list[str]) -> None:
         super().__init__(url)
         self.log = log
-        self.away = False
-        self.end_gate = Gate().open()
+        self.gone = asyncio.Event()
+        self.end_gate = Gate()
+        self.end_gate.open()
 
     async def put_record(self, record: VideoRecord, term: int) -> None:
-        if self.away:
+        if self.gone.is_set():
             raise StoreUnavailable(f"{self.url}: gone")
         if record.ended:
             self.end_gate.reached.set()
@@ -227,7 +230,8 @@ async def test_status_goes_from_queued_to_completed(rig: Rig) -> None:
     assert await rig.director.create(asked) == VideoStatus.of(created, None)
     await encode.reached.wait()
     assert await rig.get(asked.id) == created
-    assert (await rig.store.request(asked.id), await rig.store.active()) == (asked, [asked.id])
+    stored = asked.model_copy(update={"fingerprint": rig.graph.fingerprint("random")})
+    assert (await rig.store.request(asked.id), await rig.store.active()) == (stored, [asked.id])
 
     encode.open()
     await sample.reached.wait()
@@ -370,12 +374,15 @@ async def test_a_video_that_lost_a_call_is_not_completed(rig: Rig, point: str) -
     assert record.error.code == "internal_error"
 
 
-async def test_a_lost_store_ends_the_watch_and_leaves_the_video_to_the_next_director(rig: Rig) -> None:
+async def test_a_store_that_stays_away_ends_the_watch_and_hears_of_the_end_later(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deployments.director.STORE_AGAIN_S", 0.0)
     gate = rig.graph.gate("render 1")
     video_id = await rig.create()
     watching = asyncio.create_task(rig.watched(video_id))
     await gate.reached.wait()
-    rig.store.away = True
+    rig.store.gone.set()
     gate.open()
     *chunks, failed = await watching
     assert isinstance(failed, VideoRecord) and len(chunks) == 1
@@ -384,9 +391,10 @@ async def test_a_lost_store_ends_the_watch_and_leaves_the_video_to_the_next_dire
         VideoError(code="store_unavailable", message=f"{rig.folder}: gone"),
     )
     assert await rig.store.active() == [video_id]
-    closed = await (await Rig(rig.folder).start()).ended(video_id)
-    assert closed.error is not None and closed.error.code == "interrupted"
-    assert list(closed.chunks) == chunks
+    rig.store.gone.clear()
+    await asyncio.wait([rig.director._running[video_id].leading])
+    assert await rig.ended(video_id) == failed
+    assert (await rig.ended(await rig.create())).status == "completed"
 
 
 # Retries
@@ -476,7 +484,7 @@ async def test_a_cancelled_video_keeps_what_was_committed(rig: Rig, point: str, 
 
 
 async def test_cancelling_comes_too_late_once_the_end_is_being_written(rig: Rig) -> None:
-    rig.store.end_gate = Gate()
+    rig.store.end_gate.opened.clear()
     video_id = await rig.create(chunks=1)
     await rig.store.end_gate.reached.wait()
     cancelling = asyncio.ensure_future(rig.director.cancel(video_id))
@@ -519,8 +527,8 @@ async def test_a_completed_video_leaves_exactly_these_objects(rig: Rig) -> None:
         assert (len(data), hashlib.sha256(data).hexdigest()) == (named.bytes, named.sha256)
 
 
-async def test_a_starting_director_closes_what_another_left_unfinished(rig: Rig) -> None:
-    accepted = request()
+async def test_a_starting_director_goes_on_with_what_another_left_unfinished(rig: Rig) -> None:
+    accepted = request().model_copy(update={"fingerprint": rig.graph.fingerprint("random")})
     await rig.store.accept(accepted)  # and nothing else
     gate = rig.graph.gate("render 1")
     begun = await rig.create()
@@ -528,32 +536,61 @@ async def test_a_starting_director_closes_what_another_left_unfinished(rig: Rig)
     done = await rig.create(chunks=1, prompt="a short one")
     completed = await rig.ended(done)
     left = await rig.get(begun)
+    assert len(left.chunks) == 1
 
     second = await Rig(rig.folder).start()
-    error = VideoError(code="interrupted", message="the service stopped while this video was being made")
     for video_id, chunks in ((accepted.id, ()), (begun, left.chunks)):
         record = await second.ended(video_id)
-        assert (record.status, record.error, record.chunks) == ("failed", error, chunks)
-        assert await second.watched(video_id) == [*chunks, record]
-    assert len(left.chunks) == 1
+        assert (record.status, record.chunks[: len(chunks)], len(record.chunks)) == ("completed", chunks, 3)
     assert await second.ended(done) == completed
 
-    # The first one still lives: what it writes from now on no longer counts.
-    closed = await second.get(begun)
+    # The first one still lives: it finds that it leads no more, and says nothing of the video any more.
+    finished = await second.get(begun)
     gate.open()
-    await rig.watched(begun)
-    assert rig.graph.log[-1] == "completed"
-    assert await second.ended(begun) == closed
+    await asyncio.wait([rig.director._running[begun].leading])
+    with pytest.raises(Superseded):
+        rig.director.check_health()
+    for ask in (rig.director.get, rig.director.cancel, lambda one: rig.director.news(one, 0)):
+        with pytest.raises(Superseded):
+            await ask(begun)
+    with pytest.raises(Superseded):
+        await rig.create()
+    assert await second.ended(begun) == finished
+    assert await second.store.active() == []
 
 
-async def test_an_unreadable_video_does_not_keep_a_director_from_starting(rig: Rig) -> None:
-    broken, unfinished = request(), request()
+async def test_an_unreadable_video_does_not_keep_others_from_being_finished(rig: Rig) -> None:
+    broken, unfinished = request(), request().model_copy(update={"fingerprint": rig.graph.fingerprint("random")})
     for asked in (broken, unfinished):
         await rig.store.accept(asked)
     (rig.folder / f"videos/{broken.id}/request.json").write_text('{"written": "by another version"}')
     second = await Rig(rig.folder).start()
-    assert (await second.ended(unfinished.id)).status == "failed"
+    assert (await second.ended(unfinished.id)).status == "completed"
     assert (await second.ended(await second.create(chunks=1))).status == "completed"
+
+
+async def test_a_video_whose_model_is_another_one_now_fails(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = rig.graph.gate("render 1")
+    video_id = await rig.create()
+    await gate.reached.wait()
+    second = Rig(rig.folder)
+    monkeypatch.setattr(second.graph, "fingerprint", lambda model: "of other weights")
+    record = await (await second.start()).ended(video_id)
+    assert record.error is not None and (record.error.code, len(record.chunks)) == ("model_changed", 1)
+
+
+async def test_a_video_tells_under_what_each_of_its_chunks_was_made(rig: Rig) -> None:
+    gate = rig.graph.gate("render 1")
+    video_id = await rig.create()
+    await gate.reached.wait()
+    second = Rig(rig.folder)
+    second.graph._samplers["random"]._device = "NVIDIA H100"
+    record = await (await second.start()).ended(video_id)
+    version = metadata.version("helios-serve")
+    assert record.runs == (
+        Run(version=version, device="cpu", from_chunk=0),
+        Run(version=version, device="NVIDIA H100", from_chunk=1),
+    )
 
 
 async def test_a_video_that_nobody_makes_is_shown_as_interrupted(rig: Rig) -> None:

@@ -19,7 +19,7 @@ import pytest
 
 from deployments.making import InputLost, ReplicaLost
 from deployments.records import VideoRecord
-from deployments.store import StoreUnavailable, new_video_id
+from deployments.store import Store, StoreUnavailable, new_video_id
 from deployments.turns import Turns
 from helios_core.checkpoints import KNOWN_MODELS
 from helios_core.errors import MediaError
@@ -224,11 +224,11 @@ async def test_a_change_that_could_not_be_stored_is_none(
 ) -> None:
     video_id, gate = await held(service, "sample 0")
 
-    async def away(record: VideoRecord, term: int) -> None:
+    async def away(_: Store, record: VideoRecord, term: int) -> None:
         raise StoreUnavailable("the store is away")
 
     with monkeypatch.context() as patch:
-        patch.setattr(service.store, "put_record", away)
+        patch.setattr(Store, "put_record", away)
         answer = await change(service, video_id, FOREST)
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "store_unavailable")
     assert "retry-after" in answer.headers
@@ -386,15 +386,15 @@ async def test_a_video_that_ends_while_its_change_is_put(
 ) -> None:
     """It was in time: it is answered, and its record stands, or is deleted with the rest."""
     video_id, _ = await held(service, "sample 1")
-    putting, put_record = Gate(), service.store.put_record
+    putting, put_record = Gate(), Store.put_record
 
-    async def slow(record: VideoRecord, term: int) -> None:
+    async def slow(store: Store, record: VideoRecord, term: int) -> None:
         if record.spec.prompts and not record.ended:
             putting.reached.set()
             await putting.opened.wait()
-        await put_record(record, term)
+        await put_record(store, record, term)
 
-    monkeypatch.setattr(service.store, "put_record", slow)
+    monkeypatch.setattr(Store, "put_record", slow)
     with no_task_is_left():
         changing = asyncio.create_task(change(service, video_id, FOREST))
         await putting.reached.wait()

@@ -259,7 +259,7 @@ class World:
 
     async def run(self) -> World:
         asyncio.get_running_loop().set_default_executor(self.store._threads)
-        self.director = await Director.start(RacingGraph(self), self.store, TRACER, self.keep_all_states)
+        self.director = await self.next_director()
         self.director._cancel_unwatched = self.unwatched(self.director._cancel_unwatched)  # type: ignore[assignment,method-assign]
         for second, action in self.actions():
             self.start(self.at(second, action))
@@ -445,7 +445,7 @@ class World:
                 self.check(stored == news.chunks, f"{video.id}: a watcher heard of a chunk before it was stored")
                 late = self.now() - max(asked_at, video.committed_at[seen])
                 self.check(
-                    late <= 1 or running is None, f"{video.id}: a watcher heard of a chunk {late} s after it was stored"
+                    late <= 4 or running is None, f"{video.id}: a watcher heard of a chunk {late} s after it was stored"
                 )
                 self.check(news.init is not None, f"{video.id} has chunks without init")
             status = news.status if news.ended else None
@@ -569,6 +569,9 @@ class World:
         if record.status == "completed" and not self.over and self.random.random() < 0.5:
             self.start(self.at(self.random.randrange(2, 12), self.go_on(video)))
 
+    async def next_director(self) -> Director:
+        return await Director.start(RacingGraph(self), self.store, TRACER, keep_all_states=self.keep_all_states)
+
     async def check_end(self) -> None:
         director, loop = self.director, asyncio.get_running_loop()
         assert isinstance(loop, VirtualTime)
@@ -579,9 +582,7 @@ class World:
         self.check(left == (0, 0, {}, {}, None), f"turns are left: {left}")
         self.check(director._metrics._clocks == {}, "the metrics keep a video")
         self.check(director._hidden == set(), "a deletion is under way for ever")
-        for video_id, running in director._running.items():
-            lost = self.videos[video_id].store_failed and running.record.ended and running.watchers == 0
-            self.check(lost, f"{video_id} runs for ever")
+        self.check(director._running == {}, f"{list(director._running)} run for ever")
         active = await self.store.active()
         self.check(all(self.videos[video_id].store_failed for video_id in active), f"active: {active}")
         for video in self.videos.values():
@@ -590,7 +591,9 @@ class World:
                 await self.check_files(video)
             video.trouble = NONE
         # It mends what a store that was away has left.
-        await Director.start(RacingGraph(self), self.store, TRACER, self.keep_all_states)
+        mending = await self.next_director()
+        await asyncio.gather(*mending._resuming.values())
+        await asyncio.gather(*(running.leading for running in mending._running.values()))
         self.check(await self.store.active() == [], "the next Director left a video active")
         for video in self.videos.values():
             await self.check_files(video)
@@ -778,6 +781,9 @@ class RacingGraph:
     @property
     def models(self) -> list[str]:
         return ["random"]
+
+    def fingerprint(self, model: str) -> str:
+        return "of the only one"
 
     def samplers(self, model: str) -> int:
         return self.world.samplers
