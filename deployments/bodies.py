@@ -7,6 +7,7 @@ OpenAI's client sends every video as a form. Lists and objects are flattened the
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import re
 import shutil
@@ -15,7 +16,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from fastapi import Request
 from starlette.datastructures import Headers, UploadFile
@@ -52,6 +53,21 @@ class Body:
 
     def file(self, name: str) -> UploadFile | None:
         return self.files[name][0] if name in self.files else None
+
+    async def digest(self, route: str) -> str:
+        """Hex, of what is asked of `route`, and not of the bytes: a form that is sent again has another boundary.
+
+        Raises RequestError for what is nested too deeply.
+        """
+        files = {
+            name: [await asyncio.to_thread(_sha256, upload.file) for upload in uploads]
+            for name, uploads in self.files.items()
+        }
+        try:
+            asked = json.dumps([route, self.fields, files], sort_keys=True)
+        except RecursionError as error:
+            raise RequestError(400, "invalid_json", f"the body is nested too deeply: {error}") from None
+        return hashlib.sha256(asked.encode()).hexdigest()
 
 
 class _Parser(MultiPartParser):
@@ -124,6 +140,15 @@ async def _bounded(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
         if size > limit:
             raise _too_large(limit)
         yield part
+
+
+def _sha256(file: BinaryIO) -> str:
+    """Of a file that is at its start, and is left there."""
+    digest = hashlib.sha256()
+    while part := file.read(2**20):
+        digest.update(part)
+    file.seek(0)
+    return digest.hexdigest()
 
 
 def _too_large(limit: int) -> RequestError:

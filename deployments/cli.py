@@ -1,4 +1,4 @@
-"""The command line: `helios serve | generate | demo | score | download | trace`.
+"""The command line: `helios serve | generate | demo | videos | store | score | download | trace`.
 
 Heavy imports wait for their command.
 """
@@ -22,12 +22,15 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from deployments import store_check, videos_cli
 from helios_core.config import CHUNK_FRAMES
 from helios_core.demo.words import vocabulary
 from helios_core.errors import HeliosError, InvalidInput
 from helios_core.spec import PromptAt, VideoRequest
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.add_typer(videos_cli.app, name="videos")
+app.add_typer(store_check.app, name="store")
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 WORDS = "\n\n".join(f"{kind}: {', '.join(words)}" for kind, words in vocabulary().items())  # a paragraph for each

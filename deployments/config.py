@@ -97,6 +97,8 @@ class AppConfig(Settings):
     torch_threads: int | None = Field(None, ge=1)  # None: half of the cores (helios_core.checkpoints.use_threads)
     max_body_bytes: int = Field(1 << 20, ge=1024)  # without uploads
     keep_states: Literal["last", "all"] = "last"  # all: a video can be forked at any chunk, for 5 MB a chunk
+    keep_videos_days: float | None = Field(None, gt=0)  # for so long after its end a video is kept; None: for ever
+    keep_bytes: int | None = Field(None, ge=0)  # so much the videos that have ended may take; the oldest go first
     trace_file: str | None = None  # spans are appended to it as JSON lines, by every process of this machine
     log_prompts: bool = False  # else logs and traces have a prompt's SHA-256 only
     limits: Limits = Limits()

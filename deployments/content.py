@@ -2,7 +2,8 @@
 
 The file is never put together: it is the init segment and the fragments, one after the other, and a part of it is read
 from those objects that hold it. News of a running video is asked for again and again, in calls that end by themselves:
-one long call would live on in the Director when an ingress dies.
+one long call would live on in the Director when an ingress dies. Viewers share what they ask and what they read in
+deployments/watching.py.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import asyncio
 import hashlib
 import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
-from contextlib import aclosing, suppress
-from typing import cast
+from contextlib import aclosing
+from typing import Protocol, cast
 
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
@@ -22,14 +23,12 @@ from deployments.director import NoSuchVideo
 from deployments.errors import CutOff, RequestError
 from deployments.making import ReplicaLost
 from deployments.records import ChunkRecord, News, StoredObject
-from deployments.store import ObjectMissing, Store, StoreUnavailable, Superseded
-from helios_core.errors import HeliosError
+from deployments.store import ObjectMissing, StoreUnavailable, Superseded
 
 LIVE_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # the second: proxies must not hold it back
+FOREVER = "private, max-age=31536000, immutable"
 LAST_LIVE_BYTE = 2**53 - 2  # RFC 8673: the last position of a range whose end nobody knows yet
-MORE_THAN_ANY = 2**31  # chunks
 ASK_AGAIN_S = 0.5
-STAY_AFTER_S = 2.0
 PIECE_BYTES = 2**18  # of what is read at once: a viewer who stops reading holds up a few of them, and no more
 
 # At most 19 digits: more than that is no position in any file, and Python refuses to read some thousands.
@@ -38,11 +37,18 @@ RESUME = re.compile(r"bytes=([0-9]{1,19})-", re.IGNORECASE | re.ASCII)
 ETAG = re.compile(r'(?:W/)?("[^"]*")')
 
 AskNews = Callable[[int], Awaitable[News]]
-"""The News of one video after the chunks that the caller has seen: `Director.news`."""
+"""The News of one video after the chunks that the caller has seen: `Director.news`, or that of a watch."""
+
+
+class Reader(Protocol):
+    """A Store, or what keeps a copy of what it read of one."""
+
+    async def read(self, key: str, start: int = 0, end: int | None = None) -> bytes: ...
 
 
 class VideoResponse(StreamingResponse):
-    """A video from a generator, which is closed as soon as nobody listens, and not when memory is tidied up."""
+    """A video, or what is told of it, from a generator, which is closed as soon as nobody listens, and not when memory
+    is tidied up."""
 
     media_type = "video/mp4"
 
@@ -51,18 +57,18 @@ class VideoResponse(StreamingResponse):
             await super().stream_response(send)
 
 
-def live_response(request: Request, news: AskNews, store: Store) -> Response:
-    """A running video from its start, or from the byte N of `Range: bytes=N-`, which may not exist yet."""
+def live_response(request: Request, body: Callable[[int], AsyncGenerator[bytes, None]]) -> Response:
+    """A running video from its start, or from the byte N of `Range: bytes=N-`, which may not exist yet. `body`: the
+    file from a byte on."""
     start = live_start(request)
     headers = {**LIVE_HEADERS, "Accept-Ranges": "bytes"}
     if start is not None:
         headers["Content-Range"] = f"bytes {start}-{LAST_LIVE_BYTE}/*"
-    body = live_bytes(news, store, start or 0)
-    return media(request, body, 200 if start is None else 206, headers)
+    return media(request, body(start or 0), 200 if start is None else 206, headers)
 
 
 def file_response(
-    request: Request, objects: Sequence[StoredObject], store: Store, whole: bool, media_type: str = "video/mp4"
+    request: Request, objects: Sequence[StoredObject], store: Reader, whole: bool, media_type: str = "video/mp4"
 ) -> Response:
     """A file that nobody writes any more, or the part of it that is asked for. `whole`: it will never be another one,
     and so can be cached for ever. Raises RequestError 416 for a part that there is not."""
@@ -70,7 +76,7 @@ def file_response(
     etag = etag_of(objects)
     headers = {
         "Accept-Ranges": "bytes",
-        "Cache-Control": "private, max-age=31536000, immutable" if whole else "private, no-cache",
+        "Cache-Control": FOREVER if whole else "private, no-cache",
         "Content-Type": media_type,
         "ETag": etag,
     }
@@ -91,7 +97,7 @@ def media(request: Request, body: AsyncGenerator[bytes, None], status: int, head
     return VideoResponse(() if request.method == "HEAD" else body, status, headers)
 
 
-async def live_bytes(news: AskNews, store: Store, start: int = 0) -> AsyncGenerator[bytes, None]:
+async def live_bytes(news: AskNews, store: Reader, start: int = 0) -> AsyncGenerator[bytes, None]:
     """The file from byte `start` on, fragment by fragment, as its chunks are committed.
 
     Raises CutOff when the video fails, is cancelled or is deleted.
@@ -101,12 +107,8 @@ async def live_bytes(news: AskNews, store: Store, start: int = 0) -> AsyncGenera
         new = await next_news(news, seen)
         objects = objects_of(new.init, new.chunks) if seen == 0 else [chunk.fragment for chunk in new.chunks]
         size = sum(item.bytes for item in objects)
-        staying = asyncio.create_task(stay(news))
-        try:
-            async for data in file_bytes(objects, store, min(start, size), size):
-                yield data
-        finally:
-            staying.cancel()
+        async for data in file_bytes(objects, store, min(start, size), size):
+            yield data
         start = max(0, start - size)
         seen += len(new.chunks)
         if new.status == "completed":
@@ -126,17 +128,8 @@ async def next_news(news: AskNews, seen: int) -> News:
             raise CutOff("the video was deleted") from error
 
 
-async def stay(news: AskNews) -> None:
-    """Watches while a viewer is slow to take what is sent, or the store to give it: a video that nobody asks for may be
-    given up."""
-    await asyncio.sleep(STAY_AFTER_S)
-    with suppress(CutOff, HeliosError):  # the viewer's own next question meets it too
-        while not (await next_news(news, MORE_THAN_ANY)).ended:
-            pass
-
-
 async def file_bytes(
-    objects: Sequence[StoredObject], store: Store, start: int, end: int
+    objects: Sequence[StoredObject], store: Reader, start: int, end: int
 ) -> AsyncGenerator[bytes, None]:
     """The bytes [start, end) of the objects, one after the other. Raises CutOff if one has been deleted."""
     for key, first, stop in pieces(objects, start, end):

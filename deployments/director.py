@@ -21,7 +21,17 @@ from deployments.logs import event, shown
 from deployments.making import Graph, Maker, NotPossible, RunningVideo, first_record, leaves
 from deployments.metrics import Metrics
 from deployments.origins import take_over
-from deployments.records import News, Page, Status, VideoError, VideoRecord, VideoRequestRecord, VideoStatus
+from deployments.records import (
+    News,
+    Page,
+    Status,
+    StoredObject,
+    VideoError,
+    VideoRecord,
+    VideoRequestRecord,
+    VideoStatus,
+)
+from deployments.retention import Keep, Retention
 from deployments.store import ObjectMissing, Store, StoreUnavailable, Superseded
 from deployments.tracing import Tracer
 from deployments.turns import Turns
@@ -77,10 +87,12 @@ class Director:
         self._log_prompts = log_prompts
         self._running: dict[str, RunningVideo] = {}
         self._resuming: dict[str, asyncio.Task[None]] = {}  # videos that an earlier Director left behind
+        self._accepting: dict[str, asyncio.Task[VideoStatus]] = {}
         self._superseded: Superseded | None = None
         self._hidden: set[str] = set()  # videos that are being stored or removed: to the outside there are none
         self._stopping = False
         self._collecting: asyncio.TimerHandle | None = None
+        self._sweeping: asyncio.Task[None] | None = None
         self._keep_all_states = keep_all_states
         self._turns = {model: Turns(partial(graph.samplers, model)) for model in graph.models}
         self._metrics = Metrics()
@@ -103,18 +115,23 @@ class Director:
         patience_s: float = 0.0,
         keep_all_states: bool = False,
         log_prompts: bool = False,
+        keep: Keep | None = None,
     ) -> Director:
         """Takes the lead of `store` with a new term, and goes on with the videos that an earlier Director left behind:
         not here, so that none can keep it from starting.
 
         `patience_s`: how long a video waits for a store that is away; `keep_all_states`: of each video, not only the
-        last. Raises StoreUnavailable.
+        last; `keep`: what is kept of the videos that have ended; None: all, and nothing is deleted by itself. Raises
+        StoreUnavailable.
         """
         term = await store.claim_term()
         director = cls(graph, store, tracer, term, patience_s, keep_all_states, log_prompts)
         for video_id in await store.active():
             task = asyncio.create_task(director._resume(video_id), name=f"resuming {video_id}")
             director._resuming[video_id] = task
+        if keep is not None:
+            retention = Retention(store, term, keep, director.delete)
+            director._sweeping = asyncio.create_task(retention.run(), name="sweeping")
         return director
 
     def check_health(self) -> None:
@@ -134,20 +151,43 @@ class Director:
 
     async def create(self, request: VideoRequestRecord, again: bool = False) -> VideoStatus:
         """Accepts a video: it is stored before this returns, and made from then on, watched or not, unless it is to be
-        made `while_watched`. What it takes over from the video of its origin is copied. `again`: it was asked for
-        before, and an earlier Director may have accepted it.
+        made `while_watched`. What it takes over from the video of its origin is copied. `again`: it may have been asked
+        for before, of an earlier Director too, and be accepted already: then this is how it stands. Of many who ask at
+        the same time one has it accepted, and the others hear of that; if it fails the next one tries.
 
-        Raises NoSuchVideo, Unreadable, NotPossible or InvalidInput if that one cannot give it.
+        Raises NoSuchVideo, Unreadable, NotPossible or InvalidInput if the video of its origin cannot give it, and
+        StoreUnavailable also if its input has to be sent again.
         """
+        while other := self._accepting.get(request.id):
+            await asyncio.wait([other])
+        accepting = asyncio.create_task(self._create(request, again))
+        self._accepting[request.id] = accepting
+        accepting.add_done_callback(lambda _: self._accepting.pop(request.id))
+        # Shielded: a caller that leaves now must not leave a stored video behind that nobody makes.
+        return await _whole(accepting)
+
+    async def _create(self, request: VideoRequestRecord, again: bool) -> VideoStatus:
+        if request.id in self._hidden:  # it was accepted before, and is being deleted
+            raise NoSuchVideo(request.id)
         if again and await self._found(request.id) is None and await self._store.request(request.id) is not None:
             await self._store.prepare(request.id)
             await self._take_up(request.id)
+            return await self.get(request.id)
         if request.id in self._running:
             return await self.get(request.id)
         self.check_health()
-        # Shielded: a caller that leaves now must not leave a stored video behind that nobody makes.
-        request = request.model_copy(update={"fingerprint": self._graph.fingerprint(request.spec.model)})
-        return await _whole(self._accept(request))
+        if again and request.input is not None:
+            await self._check_input(request.id, request.input)
+        return await self._accept(
+            request.model_copy(update={"fingerprint": self._graph.fingerprint(request.spec.model)})
+        )
+
+    async def _check_input(self, video_id: str, media: StoredObject) -> None:
+        """Raises StoreUnavailable if what an attempt before left behind was removed, and this input with it."""
+        try:
+            await self._store.read(media.key, 0, 1)
+        except ObjectMissing as error:
+            raise StoreUnavailable(f"the input of video {video_id} was removed; send it again") from error
 
     async def _begun(self, request: VideoRequestRecord) -> tuple[VideoRequestRecord, VideoRecord]:
         """The request, and where its video stands before it is made."""
@@ -305,8 +345,12 @@ class Director:
                             self.check_health()
                 except TimeoutError:
                     pass  # no news
+            if video_id in self._hidden:  # it ended because it is being deleted
+                raise NoSuchVideo(video_id)
             record = video.record
-        return News(status=record.status, init=record.init, chunks=record.chunks[seen:])
+        return News(
+            status=record.status, spec=record.spec, init=record.init, chunks=record.chunks[seen:], error=record.error
+        )
 
     async def cancel(self, video_id: str) -> VideoStatus:
         """Stops a video and returns when it has ended; what was committed stays. One that has ended stays as it is.
@@ -364,9 +408,10 @@ class Director:
 
     async def _drop_all(self) -> None:
         self._stopping = True
-        for resuming in self._resuming.values():
-            resuming.cancel()
-        await asyncio.gather(*self._resuming.values(), return_exceptions=True)
+        apart = [*self._resuming.values(), *([self._sweeping] if self._sweeping else [])]
+        for task in apart:
+            task.cancel()
+        await asyncio.gather(*apart, return_exceptions=True)
         videos = list(self._running.values())
         for video in videos:
             self._cancel(video)

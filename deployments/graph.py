@@ -25,6 +25,7 @@ from deployments.records import (
     VideoRequestRecord,
     VideoStatus,
 )
+from deployments.retention import Keep
 from deployments.store import Store, Superseded
 from deployments.tracing import Tracer
 from helios_core.spec import PromptChange, VideoSpec
@@ -97,6 +98,7 @@ class DirectorReplica:
             patience_s=config.store_patience_s,
             keep_all_states=config.keep_states == "all",
             log_prompts=config.log_prompts,
+            keep=Keep(days=config.keep_videos_days, bytes=config.keep_bytes),
         )
 
     def check_health(self) -> None:

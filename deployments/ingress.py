@@ -6,7 +6,7 @@ import asyncio
 import contextvars
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import aclosing, contextmanager, suppress
 from functools import partial
 from typing import Protocol
 
@@ -23,14 +23,18 @@ from deployments.content import (
     LIVE_HEADERS,
     VideoResponse,
     file_response,
+    header,
     live_bytes,
     live_response,
+    next_news,
     objects_of,
 )
 from deployments.director import NoSuchVideo
-from deployments.drafts import Draft, Drafts, known, no_such_model
-from deployments.errors import RequestError, install_error_handlers, status_of
+from deployments.drafts import KEY, Draft, Drafts, Once, known, no_such_model
+from deployments.errors import CutOff, RequestError, install_error_handlers, status_of
+from deployments.events import Position, events, position_of
 from deployments.graph import RemoteDirector
+from deployments.hls import init_response, playlist_response, segment_response
 from deployments.logs import log_with_serve
 from deployments.making import NotPossible, ReplicaLost
 from deployments.records import News, Page, VideoRequestRecord, VideoStatus
@@ -43,8 +47,9 @@ from deployments.schemas import (
     prompt_object,
     video_object,
 )
-from deployments.store import Store, new_video_id
+from deployments.store import Store
 from deployments.tracing import Tracer, traceparent
+from deployments.watching import Fragments, Watches
 from helios_core.errors import HeliosError, InvalidInput
 from helios_core.spec import (
     ModelCard,
@@ -53,6 +58,7 @@ from helios_core.spec import (
     check_transition,
 )
 
+NOBODY = ""  # whose Idempotency-Keys they are: there are no accounts
 POLL = {"openai-poll-after-ms": "500"}  # how soon OpenAI's client asks again
 
 
@@ -80,20 +86,30 @@ def http_app(
     drafts = Drafts(config, models, director.get, store)
     leaving: set[asyncio.Task[None]] = set()
     patient = store.patient(config.store_patience_s)  # for bodies that have begun: viewers wait
+    watches, fragments = Watches(director.news), Fragments(patient)
 
     async def accepted(
-        request: Request, draft: Callable[..., Awaitable[Draft]], *of: str, while_watched: bool = False
+        request: Request,
+        draft: Callable[..., Awaitable[Draft]],
+        *of: str,
+        uploads: bool = False,
+        while_watched: bool = False,
     ) -> tuple[VideoStatus, dict[str, str]]:
-        """The new video, of which `draft` says what it shall be; and the headers that go with it.
+        """The new video, of which `draft` says what it shall be, or the one that this very request asked for before;
+        and the headers that go with it. `uploads`: it may come with a file.
 
         The span ends here: an ingress that dies later loses no root."""
         with span_of(request, tracer) as span:
             now, parent = time.time(), traceparent(span)
-            video_id = new_video_id(now)
-            wanted = await draft(request, video_id, *of)
-            span.set_attribute("video_id", video_id)
+            once = Once(request, NOBODY, store, now)
+            async with read_body(request, config.max_body_bytes, config.uploads.max_bytes if uploads else 0) as body:
+                if (earlier := await once.earlier(body, director.get)) is not None:
+                    span.set_attribute("video_id", earlier.id)
+                    return earlier, {"traceparent": parent, **once.headers}
+                wanted = await draft(body, once.new_id, *of)
+            span.set_attribute("video_id", wanted.id)
             video = VideoRequestRecord(
-                id=video_id,
+                id=wanted.id,
                 created_at=now,
                 spec=wanted.spec,
                 input=wanted.input,
@@ -101,7 +117,7 @@ def http_app(
                 traceparent=parent,
                 while_watched=while_watched,
             )
-            return await director.create(video), {"traceparent": parent}
+            return await once.create(video, director.create), {"traceparent": parent, **once.headers}
 
     def answer(status: VideoStatus, headers: dict[str, str] | None = None) -> JSONResponse:
         return JSONResponse(video_object(status, models.get(status.spec.model)), headers={**POLL, **(headers or {})})
@@ -117,27 +133,52 @@ def http_app(
         leaving.add(task)
         task.add_done_callback(leaving.discard)
 
-    async def watched_bytes(video_id: str) -> AsyncGenerator[bytes, None]:
-        try:
-            async for data in live_bytes(partial(director.news, video_id), patient):
+    async def watched_bytes(video_id: str, start: int = 0) -> AsyncGenerator[bytes, None]:
+        async with watches.of(video_id) as news:
+            async for data in live_bytes(news, fragments, start):
                 yield data
+
+    async def only_viewers_bytes(video_id: str) -> AsyncGenerator[bytes, None]:
+        try:
+            async with aclosing(watched_bytes(video_id)) as body:
+                async for data in body:
+                    yield data
         except (asyncio.CancelledError, GeneratorExit):
             leave(video_id)
             raise
 
+    async def watched_events(video_id: str, seen: Position) -> AsyncGenerator[bytes, None]:
+        async with watches.of(video_id) as news:
+            async for event in events(news, seen):
+                yield event
+
+    async def stands(video_id: str) -> News:
+        """How a video stands and all its chunks, as soon as it has one; after a few seconds even so."""
+        try:
+            async with watches.of(known(video_id)) as news:
+                return await next_news(news, 0)
+        except CutOff as error:
+            raise NoSuchVideo(video_id) from error
+
     @app.post("/v1/videos")
     async def create(request: Request) -> JSONResponse:
-        return answer(*await accepted(request, drafts.new))
+        return answer(*await accepted(request, drafts.new, uploads=True))
 
     @app.post("/v1/videos/stream")
     async def stream(request: Request) -> Response:
-        status, headers = await accepted(request, drafts.new, while_watched=True)
-        return VideoResponse(watched_bytes(status.id), headers={**LIVE_HEADERS, "X-Video-Id": status.id, **headers})
+        """Who sends an Idempotency-Key may leave and come back with it: their video is not cancelled before the
+        Director finds that nobody watches it."""
+        status, headers = await accepted(request, drafts.new, uploads=True, while_watched=True)
+        if status.ended and status.status != "completed":  # the key's: a stream that is cut off would say no more
+            message = f"video {status.id} is {status.status}; allowed: a new {KEY}"
+            raise RequestError(409, f"video_{status.status}", message, KEY)
+        body = watched_bytes(status.id) if KEY in request.headers else only_viewers_bytes(status.id)
+        return VideoResponse(body, headers={**LIVE_HEADERS, "X-Video-Id": status.id, **headers})
 
     @app.post("/v1/videos/edits")
     @app.post("/v1/videos/extensions")
     async def edit(request: Request) -> JSONResponse:
-        return answer(*await accepted(request, drafts.edited))
+        return answer(*await accepted(request, drafts.edited, uploads=True))
 
     @app.post("/v1/videos/{video_id}/extend")
     async def extend(request: Request, video_id: str) -> JSONResponse:
@@ -195,7 +236,7 @@ def http_app(
                 raise NotPossible(f"video {video_id} has no frames yet; allowed: once its first chunk is made")
             return file_response(request, [record.thumbnail], patient, whole=True, media_type="image/jpeg")
         if not video.ended:
-            return live_response(request, partial(director.news, video_id), patient)
+            return live_response(request, partial(watched_bytes, video_id))
         if video.status != "completed" and not (query.partial == "true" and video.usage.chunks):
             why = f": {video.error.message}" if video.error else ""
             raise RequestError(409, f"video_{video.status}", f"video {video_id} is {video.status}{why}")
@@ -205,6 +246,27 @@ def http_app(
         return file_response(
             request, objects_of(record.init, record.chunks), patient, whole=video.status == "completed"
         )
+
+    @app.get("/v1/videos/{video_id}/events")
+    async def event_stream(request: Request, video_id: str) -> Response:
+        video = await director.get(known(video_id))
+        seen = position_of(header(request, "last-event-id"), video)
+        if seen is None:
+            return Response(status_code=204, headers=LIVE_HEADERS)  # which tells an EventSource to stop
+        body = watched_events(video_id, seen)
+        return VideoResponse(body, headers=LIVE_HEADERS, media_type="text/event-stream")
+
+    @app.api_route("/v1/videos/{video_id}/hls/index.m3u8", methods=["GET", "HEAD"])
+    async def hls_playlist(request: Request, video_id: str) -> Response:
+        return playlist_response(request, await stands(video_id))
+
+    @app.api_route("/v1/videos/{video_id}/hls/init.mp4", methods=["GET", "HEAD"])
+    async def hls_init(request: Request, video_id: str) -> Response:
+        return init_response(request, await stands(video_id), fragments)
+
+    @app.api_route("/v1/videos/{video_id}/hls/{index}.m4s", methods=["GET", "HEAD"])
+    async def hls_segment(request: Request, video_id: str, index: str) -> Response:
+        return segment_response(request, await stands(video_id), index, fragments)
 
     @app.get("/v1/models")
     async def list_models() -> JSONResponse:

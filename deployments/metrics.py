@@ -49,7 +49,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("helios_queue_depth", "gauge", "Videos that wait for a sampler now."),
     Metric("helios_sampling", "gauge", "Sample calls under way."),
     Metric("helios_samplers", "gauge", "Sample calls that may be under way at once: sampler replicas that live."),
-    Metric("helios_watchers", "gauge", "Watchers of running videos."),
+    Metric(
+        "helios_watchers", "gauge", "Watchers of running videos: each ingress counts once for all its viewers of one."
+    ),
     Metric("helios_store_up", "gauge", "Whether videos can be stored: 1, or 0 if the Director's last try failed."),
     Metric(
         "helios_retries_total",

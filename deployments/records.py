@@ -223,11 +223,14 @@ class VideoStatus(Record):
 
 
 class News(Record):
-    """What a watcher has not seen yet: the chunks after those that it knows, and how the video stands."""
+    """What a watcher has not seen yet: the chunks after those that it knows, and how the video stands. `spec`: as a
+    VideoRecord's."""
 
     status: Status
+    spec: VideoSpec
     init: StoredObject | None
     chunks: tuple[ChunkRecord, ...]
+    error: VideoError | None
 
     @property
     def ended(self) -> bool:

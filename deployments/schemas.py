@@ -261,6 +261,7 @@ def video_object(status: VideoStatus, card: ModelCard | None) -> dict[str, Any]:
         "prompts": [prompt_object(change, spec) for change in spec.prompts],
         "note": None if card is None else card.note(*spec.texts),
         "origin": None if origin is None else origin.model_dump(),
+        "runs": [run.model_dump() for run in status.runs],
         "usage": {
             "chunks": usage.chunks,
             "steps": usage.steps,

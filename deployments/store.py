@@ -1,6 +1,8 @@
 """The store: the files of every video, and the job database, as objects behind one URL. It alone knows the keys.
 
     terms/000003                      claimed exclusively by each Director as it starts; the newest leads
+    idempotency/{digest}/000001.json  claimed exclusively for the first request with an Idempotency-Key: its video's id.
+                                      {digest}: SHA-256 of owner and key. The highest number holds, for a day
     active/{id}                       from acceptance to the end
     videos/{id}/request.json          what was asked for
     videos/{id}/input                 the uploaded image or video that it begins with
@@ -25,17 +27,18 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import hashlib
+import json
 import logging
 import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -43,7 +46,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore, from_url
 
-from deployments.records import StoredObject, VideoRecord, VideoRequestRecord
+from deployments.records import Record, StoredObject, VideoRecord, VideoRequestRecord
 from helios_core.errors import HeliosError, InvalidInput
 
 logger = logging.getLogger(__name__)
@@ -53,8 +56,21 @@ R = TypeVar("R")
 VIDEO_ID = re.compile(r"video_[0-9a-f]{32}")
 TERM = re.compile(r"[0-9]+")
 RECORD = re.compile(r"record\.t([0-9]+)\.json")
-TERM_IN_NAME = re.compile(r"\.t[0-9]+\.")
+TERM_IN_NAME = re.compile(r"\.t([0-9]+)\.")
 STATE = re.compile(r"([0-9]+)\.t[0-9]+\.safetensors")
+CLAIM = re.compile(r"([0-9]+)\.json")
+KINDS = {
+    "request": re.compile(r"request\.json"),
+    "input": re.compile(r"input"),
+    "init": re.compile(r"init\.mp4"),
+    "thumbnail": re.compile(r"thumbnail\.jpg"),
+    "text": re.compile(r"texts/[^/]+\.safetensors"),
+    "fragment": re.compile(r"chunks/[0-9]+\.t[0-9]+\.m4s"),
+    "state": re.compile(r"states/[0-9]+\.t[0-9]+\.safetensors"),
+    "record": RECORD,
+}
+
+CLAIM_HOLDS_S = 24 * 3600.0
 
 THREADS = 32  # operations under way at once; more wait. Threads are made as they are needed
 
@@ -111,6 +127,44 @@ def renamed(item: StoredObject, video_id: str, term: int) -> StoredObject:
 
 def is_video_id(text: str) -> bool:
     return VIDEO_ID.fullmatch(text) is not None
+
+
+@dataclass(frozen=True)
+class Listed:
+    """An object as a listing has it. `modified_at`: when it was put (Unix time, by the store's clock)."""
+
+    key: str
+    bytes: int
+    modified_at: float
+
+    @property
+    def kind(self) -> str | None:
+        """What an object of a video is, a name in KINDS; None for what this version does not store."""
+        name = "/".join(self.key.split("/")[2:])
+        return next((kind for kind, pattern in KINDS.items() if pattern.fullmatch(name)), None)
+
+    @property
+    def term(self) -> int:
+        """The term that put it; 0 for an object whose name carries none."""
+        match = TERM_IN_NAME.search(self.key)
+        return int(match[1]) if match else 0
+
+
+class Claim(Record):
+    """What the first request with an Idempotency-Key was, and for which new video's id it claimed the key.
+
+    `number`: among the claims of the key, from 1; `digest`: of the request; `outcome`: of the request. While it is
+    open the video may be there or not; one that is accepted may be deleted since; one that is refused holds no longer.
+    """
+
+    number: int
+    video_id: str
+    digest: str
+    created_at: float  # Unix time
+    outcome: Literal["open", "accepted", "refused"] = "open"
+
+    def holds(self, now: float) -> bool:
+        return self.outcome != "refused" and now < self.created_at + CLAIM_HOLDS_S
 
 
 @dataclass
@@ -199,6 +253,53 @@ class Store:
         if (newest := await self.newest_term()) > term:
             raise Superseded(f"term {newest} leads, and not {term}")
 
+    async def claimed(self, owner: str, key: str, now: float) -> Claim | None:
+        """The claim that holds `owner`'s Idempotency-Key at the Unix time `now`."""
+        last = await self._last_claim(owner, key)
+        return last if last is not None and last.holds(now) else None
+
+    async def claim(self, owner: str, key: str, digest: str, video_id: str, now: float) -> Claim:
+        """Claims `owner`'s Idempotency-Key for a new video, unless it is held: the claim that holds it.
+
+        Whoever asks at the same time, in whatever process, gets the same. An old claim is followed, not overwritten or
+        removed: who saw that it holds no longer would else undo what another one, who saw it too, put in its place.
+        """
+        while True:
+            last = await self._last_claim(owner, key)
+            if last is not None and last.holds(now):
+                return last
+            number = 1 if last is None else last.number + 1
+            claim = Claim(number=number, video_id=video_id, digest=digest, created_at=now)
+            with suppress(AlreadyExistsError):  # then another one was faster
+                await self._put(_claim_key(owner, key, number), claim.model_dump_json().encode(), mode="create")
+                return claim
+
+    async def settle(self, owner: str, key: str, claim: Claim, outcome: Literal["accepted", "refused"]) -> None:
+        """Notes what became of the request that a claim is of."""
+        settled = claim.model_copy(update={"outcome": outcome})
+        await self._put(_claim_key(owner, key, claim.number), settled.model_dump_json().encode())
+
+    async def forget_claims(self, now: float) -> None:
+        """Remove the claims of each key that was not used for twice the time that a claim holds: not before, lest
+        somebody who read the last one is about to follow it."""
+        with self._errors():
+            claims = await self._run(_list_objects, "idempotency/")
+        newest: dict[str, float] = {}
+        for claim in claims:
+            folder = str(PurePosixPath(claim.key).parent)
+            newest[folder] = max(claim.modified_at, newest.get(folder, 0.0))
+        old = {folder for folder, put_at in newest.items() if put_at + 2 * CLAIM_HOLDS_S < now}
+        await self._delete([claim.key for claim in claims if str(PurePosixPath(claim.key).parent) in old])
+        if self.folder is not None:
+            await asyncio.to_thread(_remove_empty, [self.folder / folder for folder in old])
+
+    async def _last_claim(self, owner: str, key: str) -> Claim | None:
+        folder = str(PurePosixPath(_claim_key(owner, key, 1)).parent)
+        while numbers := [int(match[1]) for name in await self._names(folder) if (match := CLAIM.fullmatch(name))]:
+            with suppress(ObjectMissing):  # then it was removed after the listing
+                return Claim.model_validate_json(await self.read(_claim_key(owner, key, max(numbers))))
+        return None
+
     async def accept(self, request: VideoRequestRecord) -> None:
         """Store a request and mark it active: from here on a starting Director resumes it."""
         await self._put(f"videos/{_checked(request.id)}/request.json", request.model_dump_json().encode())
@@ -257,6 +358,24 @@ class Store:
             except FileNotFoundError:
                 return None  # deleted since
 
+    async def objects(self, video_id: str) -> list[Listed]:
+        """Everything that is stored of a video, by key; its active marker is not among it."""
+        with self._errors():
+            found = await self._run(_list_objects, f"videos/{_checked(video_id)}/")
+        return sorted(found, key=lambda item: item.key)
+
+    async def marker(self, video_id: str) -> Listed | None:
+        """The active marker of a video, or None if it has none."""
+        with self._errors():
+            try:
+                return _listed(await self._run(obstore.head, f"active/{_checked(video_id)}"))
+            except FileNotFoundError:
+                return None
+
+    async def remove(self, key: str) -> None:
+        """Remove one object that nothing names, of a video that has ended; nothing happens if it is gone."""
+        await self._delete([key])
+
     async def put_init(self, video_id: str, data: bytes) -> StoredObject:
         """The ftyp + moov of a video."""
         return await self._put(f"videos/{_checked(video_id)}/init.mp4", data)
@@ -314,8 +433,8 @@ class Store:
         await self._delete([f"{states}/{name}" for name in old])
 
     async def sweep(self, record: VideoRecord, term: int, all_states: bool = False) -> None:
-        """Remove the fragments and states of an ended video that `record`, its last commit, does not need. Of the
-        states it needs the last one, or `all_states`.
+        """Remove of an ended video what `record`, its last commit, does not need: fragments, states, and the records
+        before it. Of the states it needs the last one, or `all_states`.
 
         Does nothing if a newer term was claimed: its Director decides.
         """
@@ -325,6 +444,9 @@ class Store:
         needed = {chunk.fragment.key for chunk in record.chunks} | {chunk.state.key for chunk in states}
         folders = [f"videos/{_checked(record.id)}/{kind}" for kind in ("chunks", "states")]
         keys = [f"{folder}/{name}" for folder in folders for name in await self._names(folder)]
+        names = await self._names(f"videos/{record.id}")
+        records = sorted((int(match[1]), name) for name in names if (match := RECORD.fullmatch(name)))
+        keys += [f"videos/{record.id}/{name}" for _, name in records[:-1]]
         await self._delete([key for key in keys if key not in needed])
 
     async def delete(self, video_id: str) -> None:
@@ -427,6 +549,20 @@ def _list_all(objects: Any, prefix: str) -> list[str]:
     return [item["path"] for part in obstore.list(objects, prefix) for item in part]
 
 
+def _list_objects(objects: Any, prefix: str) -> list[Listed]:
+    return [_listed(item) for part in obstore.list(objects, prefix) for item in part]
+
+
+def _listed(item: Any) -> Listed:
+    return Listed(key=item["path"], bytes=item["size"], modified_at=item["last_modified"].timestamp())
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):  # then it was used again, or is gone
+            folder.rmdir()
+
+
 def _fetch_record(objects: Any, key: str) -> VideoRecord:
     # Parsed where it was read: that of a long video takes tens of milliseconds, which the event loop has not.
     return VideoRecord.model_validate_json(obstore.get(objects, key).bytes().to_bytes())
@@ -434,6 +570,11 @@ def _fetch_record(objects: Any, key: str) -> VideoRecord:
 
 def _fetch(objects: Any, key: str, span: object) -> bytes:
     return bytes(obstore.get(objects, key, options={"range": span}).bytes())
+
+
+def _claim_key(owner: str, key: str, number: int) -> str:
+    digest = hashlib.sha256(json.dumps([owner, key]).encode()).hexdigest()
+    return f"idempotency/{digest}/{number:06d}.json"
 
 
 def _checked(video_id: str) -> str:

@@ -17,7 +17,7 @@ import pytest
 
 from deployments.content import file_bytes, live_bytes, objects_of
 from deployments.errors import CutOff
-from deployments.making import ReplicaLost
+from deployments.making import ReplicaLost, RunningVideo
 from deployments.records import ChunkRecord, News, Status, Timings, VideoRecord
 from deployments.store import new_video_id
 from helios_core.config import CHUNK_FRAMES
@@ -68,6 +68,12 @@ async def stored(service: LocalService, video_id: str) -> VideoRecord:
     record = await service.store.record(video_id)
     assert record is not None
     return record
+
+
+async def watched_by(video: RunningVideo, watchers: int) -> None:
+    """Returns when the Director knows of so many watchers: one for each process that has viewers."""
+    while video.watchers != watchers:  # noqa: ASYNC110
+        await asyncio.sleep(0)
 
 
 async def running(service: LocalService, at: str = "sample 1") -> str:
@@ -444,26 +450,28 @@ async def test_a_stream_whose_client_hangs_up_is_cancelled(
     assert (await ended(service, await only_video(service))).status == "cancelled"
 
 
-async def test_a_viewer_who_is_slow_still_watches(service: LocalService, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While it takes its time with what was sent, the Director knows of it."""
-    monkeypatch.setattr("deployments.content.STAY_AFTER_S", 0.0)
+async def test_a_viewer_who_is_slow_still_watches(service: LocalService) -> None:
+    """While it takes its time with what was sent, the Director knows of it, and makes the video that is made for it."""
     service.graph.gate("sample 2")
-    watching = []
+    held = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         async def slow(message: Any) -> None:
-            while message.get("body") and not watching:
-                if b"helios_watchers 1.0" in await service.director.metrics():
-                    watching.append(True)
-                    service.graph.gate("sample 2").open()
-                await asyncio.sleep(0)
+            if message.get("body") and not held:
+                video = service.director._running[await only_video(service)]
+                while len(video.record.chunks) < 2:  # it is told of the second one, and does not ask
+                    await video.changed.wait()
+                await watched_by(video, 1)
+                service.director._cancel_unwatched(video)  # as the clock would
+                held.append(video.cancelled)
+                service.graph.gate("sample 2").open()
             await send(message)
 
         await service.app(scope, receive, slow)
 
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://helios") as client:
         stream = await client.post("/v1/videos/stream", json=BODY)
-    assert watching and stream.content == (await get(service, stream.headers["x-video-id"])).content
+    assert held == [False] and stream.content == (await get(service, stream.headers["x-video-id"])).content
 
 
 async def test_a_viewer_who_leaves_changes_nothing(service: LocalService) -> None:

@@ -84,7 +84,9 @@ class Service:
 
     def record(self, video_id: str) -> VideoRecord:
         """The committed record, from the store and not from the service."""
-        return VideoRecord.model_validate_json((self.store / f"videos/{video_id}/record.t1.json").read_bytes())
+        names = (self.store / "videos" / video_id).glob("record.t*.json")
+        newest = max(names, key=lambda path: int(path.name.removeprefix("record.t").removesuffix(".json")))
+        return VideoRecord.model_validate_json(newest.read_bytes())
 
     def spans(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.trace_file.read_text().splitlines()]
@@ -274,6 +276,20 @@ def check_trace(spans: list[dict[str, Any]], video_id: str, caller: str | None) 
 
 def component(span: dict[str, Any]) -> str:
     return str(span["resource"]["attributes"]["helios.component"])
+
+
+def test_a_killed_director_costs_no_byte(service: Service) -> None:
+    """The next one goes on, and the viewers' connections never hear of it."""
+    bodies = [body(seed) for seed in (1, 2)]
+    undisturbed = [data for _, data in service.together(bodies)]
+    for seed in range(TRIALS):
+        rng = random.Random(f"Director {seed}")
+        made = service.together(bodies, partial(kill, "Director", rng, 2 * CHUNK_SECONDS))
+        assert [data for _, data in made] == undisturbed, f"seed {seed}"
+        assert service.metric("helios_videos_resumed_total") == len(bodies)
+        for video_id, data in made:
+            assert service.http.get(f"/v1/videos/{video_id}/content").content == data
+        wait_until(partial(running, "Director"))
 
 
 def test_a_killed_ingress_leaves_no_stream_behind(service: Service) -> None:

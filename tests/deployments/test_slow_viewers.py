@@ -1,7 +1,8 @@
 """Viewers who stop reading, behind HAProxy: they wait alone, and what is held for them is bounded.
 
 The bound: for each viewer the ingress holds the piece of 256 KB that it is sending, and its copies on the way to the
-socket: 2 MB at most, whatever the size of fragments. (Behind Serve's own proxy there is no such bound: it takes all
+socket: 2 MB at most, whatever the size of fragments; and for all viewers of running videos together, 64 MB of fragments
+(deployments/watching.py; those here are small). (Behind Serve's own proxy there is no such bound: it takes all
 that the ingress has, as fast as it can.)
 """
 

@@ -1,0 +1,188 @@
+"""The playlist and its segments: the very bytes of the file, in a form that players read while it grows."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import subprocess
+from collections import Counter
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import imageio_ffmpeg
+import pytest
+
+from deployments.records import Status
+from deployments.store import new_video_id
+from tests.deployments.conftest import LocalService
+from tests.deployments.test_content import BODY, SIZES, cancel, delete, ended, get, put_video
+from tests.deployments.test_events import begun
+
+HEAD = """\
+#EXTM3U
+#EXT-X-VERSION:7
+#EXT-X-INDEPENDENT-SEGMENTS
+#EXT-X-PLAYLIST-TYPE:EVENT
+#EXT-X-TARGETDURATION:{}
+#EXT-X-MEDIA-SEQUENCE:0
+#EXT-X-START:TIME-OFFSET=0
+"""
+MAP = '#EXT-X-MAP:URI="init.mp4"\n'
+END = "#EXT-X-ENDLIST\n"
+
+
+async def hls(service: LocalService, video_id: str, name: str, status: int = 200, **headers: str) -> bytes:
+    names = {key.replace("_", "-"): value for key, value in headers.items()}
+    answer = await service.http.get(f"/v1/videos/{video_id}/hls/{name}", headers=names)
+    assert answer.status_code == status, answer.text
+    return answer.content
+
+
+async def playlist(service: LocalService, video_id: str) -> str:
+    return (await hls(service, video_id, "index.m3u8")).decode()
+
+
+async def test_the_playlist_grows_and_changes_nothing_that_was_in_it(
+    service: LocalService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr("deployments.director.NEWS_S", 0.01)  # how long it waits for the first chunk
+        video_id = await begun(service, BODY, "sample 0", chunks=0)
+        seen = [await playlist(service, video_id)]
+        assert b"no init segment yet" in await hls(service, video_id, "init.mp4", 404)
+        assert b"the segment is '0'; allowed: none yet" in await hls(service, video_id, "0.m4s", 404)
+    waiting = asyncio.create_task(playlist(service, video_id))
+    for k in range(3):
+        service.graph.gate(f"sample {k + 1}")
+        service.graph.gate(f"sample {k}").open()
+        while k < 2 and not (await service.director.news(video_id, k)).chunks:
+            pass
+        if k < 2:
+            seen.append(await playlist(service, video_id))
+    assert await waiting == seen[1]
+    await ended(service, video_id)
+    seen.append(await playlist(service, video_id))
+    begin = HEAD.format(2)
+    segments = [f"#EXTINF:1.375,\n{k}.m4s\n" for k in range(3)]
+    assert seen == [
+        begin,
+        begin + MAP + segments[0],
+        begin + MAP + "".join(segments[:2]),
+        begin + MAP + "".join(segments) + END,
+    ]
+
+
+async def test_init_and_segments_are_the_file(service: LocalService) -> None:
+    video_id, file = await put_video(service)
+    names = ["init.mp4", *re.findall("^.*m4s$", await playlist(service, video_id), re.MULTILINE)]
+    assert names == ["init.mp4", "0.m4s", "1.m4s", "2.m4s"]
+    parts = [await hls(service, video_id, name) for name in names]
+    assert [len(part) for part in parts] == list(SIZES) and b"".join(parts) == file
+
+
+@pytest.mark.parametrize("name", ["init.mp4", "1.m4s"])
+async def test_segments_have_etags_and_ranges_also_while_the_video_runs(service: LocalService, name: str) -> None:
+    video_id = await begun(service, BODY, "sample 2", chunks=2)
+    url = f"/v1/videos/{video_id}/hls/{name}"
+    whole = await service.http.get(url)
+    assert whole.headers["content-type"] == {"init.mp4": "video/mp4", "1.m4s": "video/iso.segment"}[name]
+    assert whole.headers["cache-control"] == "private, max-age=31536000, immutable"
+    part = await service.http.get(url, headers={"Range": "bytes=3-7"})
+    assert (part.status_code, part.content) == (206, whole.content[3:8])
+    unchanged = await service.http.get(url, headers={"If-None-Match": whole.headers["etag"]})
+    assert (unchanged.status_code, unchanged.content) == (304, b"")
+    head = await service.http.head(url)
+    assert (head.status_code, head.content, head.headers) == (200, b"", whole.headers)
+    beyond = await service.http.get(url, headers={"Range": f"bytes={len(whole.content)}-"})
+    assert beyond.status_code == 416
+    service.graph.gate("sample 2").open()
+    await ended(service, video_id)
+    again = await service.http.get(url)
+    assert (again.content, again.headers) == (whole.content, whole.headers)
+
+
+async def test_many_players_of_a_running_video_read_each_segment_once(service: LocalService) -> None:
+    video_id = await begun(service, BODY, "sample 2", chunks=2)
+    names = ("init.mp4", "0.m4s", "1.m4s")
+    live = asyncio.create_task(get(service, video_id))
+    parts = await asyncio.gather(*(hls(service, video_id, name) for _ in range(30) for name in names))
+    service.graph.gate("sample 2").open()
+    file = (await live).content
+    reads = Counter(key for key, _, _ in service.store.reads if key.endswith((".mp4", ".m4s")))
+    assert len(reads) == 4 and set(reads.values()) == {1}
+    assert file.startswith(b"".join(parts[:3])) and parts == parts[:3] * 30
+
+
+@pytest.mark.parametrize("index", ["3", "-1", "00", "1.5", "x", "²", "9" * 5000])
+async def test_a_segment_that_there_is_not_is_not_found(service: LocalService, index: str) -> None:
+    video_id, _ = await put_video(service)
+    answer = await service.http.get(f"/v1/videos/{video_id}/hls/{index}.m4s")
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (404, "not_found")
+    assert error["message"].startswith("the segment is '") and error["message"].endswith("; allowed: 0 to 2")
+    assert len(error["message"]) < 150
+
+
+@pytest.mark.parametrize("name", ["index.m3u8", "init.mp4", "0.m4s"])
+async def test_a_video_that_there_is_not_is_not_found(service: LocalService, name: str) -> None:
+    running = await begun(service, BODY, "sample 1", chunks=1)
+    await delete(service, running)
+    for video_id in (new_video_id(1.0), "x", running):
+        assert f"no video has the id '{video_id}'".encode() in await hls(service, video_id, name, 404)
+
+
+async def test_the_playlist_may_be_kept_once_it_is_complete(service: LocalService) -> None:
+    video_id = await begun(service, BODY, "sample 1", chunks=1)
+    url = f"/v1/videos/{video_id}/hls/index.m3u8"
+    live = await service.http.get(url)
+    assert live.headers["content-type"] == "application/vnd.apple.mpegurl"
+    assert live.headers["cache-control"] == "no-store"
+    service.graph.gate("sample 1").open()
+    await ended(service, video_id)
+    whole, head = await service.http.get(url), await service.http.head(url)
+    assert whole.headers["cache-control"] == "private, max-age=31536000, immutable"
+    assert (head.status_code, head.content, head.headers) == (200, b"", whole.headers)
+    assert whole.headers["content-length"] == str(len(whole.content))
+
+
+@pytest.mark.parametrize("status", ["failed", "cancelled"])
+async def test_a_video_without_an_end_is_played_as_far_as_it_goes(service: LocalService, status: Status) -> None:
+    video_id, file = await put_video(service, status)
+    answer = await service.http.get(f"/v1/videos/{video_id}/hls/index.m3u8")
+    assert answer.text.endswith("2.m4s\n" + END) and answer.headers["cache-control"] == "no-store"
+    assert await hls(service, video_id, "2.m4s") == file[-SIZES[-1] :]
+    empty = await begun(service, BODY, "sample 0", chunks=0)
+    await cancel(service, empty)
+    assert await playlist(service, empty) == HEAD.format(2) + END
+
+
+@pytest.mark.parametrize(("fps", "frames", "longest"), [(24, 40, 2), (8, 66, 5), (33, 34, 1), (60, 33, 1), (29, 50, 2)])
+async def test_players_read_the_playlist(
+    service: LocalService, tmp_path: Path, fps: int, frames: int, longest: int
+) -> None:
+    """FFmpeg through PyAV, and by itself: every frame is there, at its time."""
+    body = {**BODY, "fps": fps, "seconds": frames / fps}
+    video_id = (await service.http.post("/v1/videos", json=body)).json()["id"]
+    await ended(service, video_id)
+    text = await playlist(service, video_id)
+    durations = [Fraction(given) for given in re.findall("#EXTINF:(.*),", text)]
+    assert text.startswith(HEAD.format(longest)) and all(round(each) <= longest for each in durations)
+    assert [round(each * fps, 9) for each in durations] == [33, frames - 33][: len(durations)]
+    folder = tmp_path / "hls"
+    folder.mkdir()
+    (folder / "index.m3u8").write_text(text)
+    for name in ["init.mp4", *re.findall("^.*m4s$", text, re.MULTILINE)]:
+        (folder / name).write_bytes(await hls(service, video_id, name))
+
+    with av.open(str(folder / "index.m3u8")) as container:
+        shown = [frame.pts * frame.time_base for frame in container.decode(video=0)]
+    assert [time - shown[0] for time in shown] == [Fraction(k, fps) for k in range(frames)]
+    ffmpeg = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "warning", "-xerror", "-i", "index.m3u8", "-f", "framehash", "-"]
+    judged = await asyncio.to_thread(subprocess.run, ffmpeg, cwd=folder, capture_output=True, text=True, check=True)
+    assert judged.stderr == ""
+    (folder / "whole.mp4").write_bytes((await get(service, video_id)).content)
+    of_file = [*ffmpeg[:5], "whole.mp4", *ffmpeg[6:]]
+    compared = await asyncio.to_thread(subprocess.run, of_file, cwd=folder, capture_output=True, text=True, check=True)
+    hashes = [re.findall(r"\w{64}$", each.stdout, re.MULTILINE) for each in (judged, compared)]
+    assert len(hashes[0]) == frames and hashes[0] == hashes[1]
