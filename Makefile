@@ -36,6 +36,7 @@ demo-scores: $(VENV)/run.stamp  ## how often the demo model does what it is aske
 
 # glibc must keep what was freed: without these, steps take twice as long.
 demo-checkpoint: export MALLOC_MMAP_THRESHOLD_ = 33554432
+demo-checkpoint: export MALLOC_TOP_PAD_ = 67108864
 demo-checkpoint: export MALLOC_TRIM_THRESHOLD_ = 4294967296
 demo-checkpoint: $(VENV)/run.stamp  ## the demo model from nothing, on two cores in at most 90 minutes
 	$(BIN)/python -m helios_core.demo.train helios_core/demo/model

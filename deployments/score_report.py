@@ -53,8 +53,8 @@ def measure(video: Path, prompt: str | None) -> Report:
     the prompt has no word of the demo model's world.
     """
     if prompt is not None and not read_prompt(prompt).named:
-        words = ", ".join(word for each in vocabulary().values() for word in each)
-        raise InvalidInput("prompt", prompt, f"a prompt in words of the demo model's world: {words}")
+        words = ", ".join(word for kind, each in vocabulary().items() if kind != "colour" for word in each)
+        raise InvalidInput("prompt", prompt, f"a prompt that names something of the demo model's world: {words}")
     with _decoded(video) as (fps, frames):
         figures = coherence(frames, fps)
     if prompt is None:

@@ -44,12 +44,11 @@ TURNS = {"shape": TAUGHT_SHAPES, "ground": GROUNDS, "motion": TAUGHT_MOTIONS}  #
 
 # How a chunk stands in its video, with its share of the lessons.
 KINDS = {"first": 0.4, "second": 0.12, "later": 0.26, "after a picture": 0.14, "second after a picture": 0.08}
-CLIP = 0.15  # share of the second and later chunks whose past is an input video
+CLIP = 0.25  # share of the second and later chunks whose past is an input video
 OLD_INPUT = 0.15  # share of the later chunks of which only the anchor is from an input
 PAST_NOISE = 0.14  # most noise (deviation) on every other history, so that a video's small errors do not add up
 RECOLOURED = 0.25  # share of the chunks with a past whose prompt has new colours, or whose anchor had others
-HIDING = 0.3  # share of the prompts that leave open what the past shows
-ENDING = 1  # of the running videos so many end each time they go on
+HIDING = 0.6  # share of the prompts that leave open what the past shows
 OWN_COLOURS = ("object_colour", "ground_colour")  # those that a noun bears
 ALL_COLOURS = (*OWN_COLOURS, "sky_colour")
 OBJECT = slice(6, 9)  # of the parts: those of the third mask
@@ -60,11 +59,16 @@ Hues = Callable[[int], Tensor]  # colours [M, 3] of the chunk that lies so many 
 
 @dataclass(frozen=True)
 class Track:
-    """`scenes`: of each chunk, without colours; `uv`: where the seed puts the start, None if it may be anywhere."""
+    """A film: `scenes` of its chunks, without colours.
+
+    `uv`: where the seed puts the start, None if it may be anywhere; `first`: the number of its first frame, as an input
+    may begin and end at any phase of the sea's waves.
+    """
 
     scenes: tuple[Scene, ...]
     start: tuple[float, float]
     uv: tuple[float, float] | None
+    first: int = 0
 
     @classmethod
     def draw(cls, rng: random.Random, anywhere: bool) -> Track:
@@ -77,7 +81,7 @@ class Track:
             turn, (what, words) = rng.randrange(1, CHUNKS), rng.choice(list(TURNS.items()))
             scenes[turn:] = [replace(scene, **{what: rng.choice(list(words))})] * (CHUNKS - turn)
         if anywhere:
-            return cls(tuple(scenes), (rng.random() * WIDTH, rng.random()), None)
+            return cls(tuple(scenes), (rng.random() * WIDTH, rng.random()), None, rng.randrange(CHUNK_FRAMES))
         u, v = rng.random(), rng.random()
         return cls(tuple(scenes), start_of(u, v), (u, v))
 
@@ -135,7 +139,8 @@ class Lessons:
         parts_NJPKThw = torch.empty(len(tracks), chunks, 3 * len(MASKS), *latents, dtype=torch.float16)
         for parts, track in zip(parts_NJPKThw, tracks, strict=True):
             for part, (scene, chunk) in zip(parts, track.chunks(), strict=False):
-                part.copy_(self.linear.terms(masks(scene.shape, scene.ground, chunk, codec.SIZE)))
+                film = masks(scene.shape, scene.ground, chunk, codec.SIZE, track.first)
+                part.copy_(self.linear.terms(film))
         return parts_NJPKThw
 
     def draw(self, batch: int) -> Lesson:
@@ -172,7 +177,8 @@ class Lessons:
         track, parts_JPKThw = self.tracks[i], self.parts_NJPKThw[i]
         if kind == "later":
             j = self.rng.choice(range(CHUNKS) if track.steady else (2, 3))
-            past = [parts_JPKThw[k % CHUNKS] for k in range(j - 3 if track.steady else 0, j)]
+            seen = self.rng.choice((2, 3, 3)) if track.steady else j  # two: of a third chunk, or a short clip
+            past = [parts_JPKThw[k % CHUNKS] for k in range(j - seen, j)]
         else:
             j = self.rng.choice(range(CHUNKS) if kind == "after a picture" else range(1, CHUNKS))
             past = [] if kind == "after a picture" else [parts_JPKThw[j - 1]]
@@ -245,14 +251,10 @@ class Lessons:
         rng = self.rng
         if not self.ripe or rng.random() > HIDING:
             return scene
-        hinted = rng.choice(
-            (
-                replace(scene, **dict.fromkeys(ALL_COLOURS)),
-                replace(scene, motion=None),
-                opened(scene, rng),
-                Scene(),
-            )
-        )
+        # Of the motion most often: with no past a prompt without one means a thing that is still, and here it does not.
+        unmoved = replace(scene, motion=None)
+        uncoloured = replace(scene, **dict.fromkeys(ALL_COLOURS))
+        hinted = rng.choice((unmoved, unmoved, unmoved, uncoloured, opened(scene, rng), Scene()))
         return replace(hinted, motion=scene.motion) if motion else hinted
 
     def _as_input(self, latents_KThw: Tensor) -> Tensor:
@@ -260,55 +262,6 @@ class Lessons:
         least, most = NOISE_SHARE
         share = torch.rand(latents_KThw.shape[1], 1, 1, generator=self.generator) * (most - least) + least
         return share * self.noise(latents_KThw) + (1 - share) * latents_KThw
-
-
-@dataclass
-class Running:
-    """A video under way: of which track, with which colours, and its chunks so far, each [K, 9, h, w]."""
-
-    track: int
-    scene: Scene
-    prompt: Prompt
-    chunks: list[Tensor]
-
-
-class Rollouts:
-    """Videos that the student makes by itself: it is asked for their next chunks, and what it gives becomes their past.
-
-    They are of steady tracks. Each time they go on, one of them ends and another begins.
-    """
-
-    def __init__(self, lessons: Lessons, videos: int) -> None:
-        self.lessons = lessons
-        self.tracks = [i for i, track in enumerate(lessons.tracks) if track.steady and track.uv is not None]
-        self.videos = [self._begin() for _ in range(videos)]
-
-    def draw(self) -> Lesson:
-        """The next chunk of each video."""
-        return _batch([self._next(video) for video in self.videos])
-
-    def append(self, latents_BKThw: Tensor) -> None:
-        """What the student made of the lesson, [B, K, 9, h, w]."""
-        for video, latents in zip(self.videos, latents_BKThw, strict=True):
-            video.chunks.append(latents)
-        self.videos[self.lessons.rng.randrange(len(self.videos))] = self._begin()
-
-    def _begin(self) -> Running:
-        lessons = self.lessons
-        track = lessons.rng.choice(self.tracks)
-        scene = painted(lessons.tracks[track].scenes[0], lessons.rng)
-        return Running(track, scene, [(lessons.text(scene), 1.0)], [])
-
-    def _next(self, video: Running) -> Example:
-        lessons = self.lessons
-        parts_PKThw = lessons.parts_NJPKThw[video.track, len(video.chunks) % CHUNKS]
-        latents, weight = lessons.coloured(parts_PKThw, colours(video.scene)), lessons.weight(parts_PKThw)
-        noise = lessons.noise(latents)
-        if not video.chunks:
-            noise = steered(noise, lessons.tracks[video.track])
-            return latents, *lessons.no_past, noise, weight, video.prompt
-        past = torch.cat(video.chunks[-3:], dim=1)
-        return latents, video.chunks[0][:, :1], as_history(past), noise, weight, video.prompt
 
 
 def _unchanging(scene: Scene) -> Hues:

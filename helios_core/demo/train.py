@@ -42,9 +42,9 @@ from helios_core.vae.model import WanVae
 
 FILMS = 300  # of a chunk each, to find the linear code from
 TRACKS, FIRSTS = 800, 2400  # geometries: of four chunks, and of a first chunk alone
-TRANSFORMER_STEPS = 1600
-ALONE_FROM = 1000  # the step from which the transformer has both cores: the VAE is waited for there
-DECODER_STEPS, ENCODER_STEPS = 1000, 450
+TRANSFORMER_STEPS = 3200
+ALONE_FROM = 2000  # the step from which the transformer has both cores: the VAE is waited for there
+DECODER_STEPS, ENCODER_STEPS = 2000, 900
 SHEET = 8  # videos on the sheet of pictures
 EVERY = 50  # steps over which the report's losses are means
 
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str]) -> None:
     columns = (TextColumn("{task.description:12}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"))
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[loss]}")) as progress:
         losses = train(linear, options.folder, progress)
-    report(options.folder, options.report, losses, minutes=(time.perf_counter() - begin) / 60)
+    report(options.folder, options.report, linear, losses, minutes=(time.perf_counter() - begin) / 60)
 
 
 def settle() -> None:
@@ -140,7 +140,7 @@ def stored(module: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach().bfloat16().contiguous() for name, parameter in module.named_parameters()}
 
 
-def report(folder: Path, into: Path, losses: Losses, minutes: float) -> None:
+def report(folder: Path, into: Path, linear: LinearCodec, losses: Losses, minutes: float) -> None:
     """Evaluates the checkpoint in `folder`, and writes and prints what was measured."""
     helios = Helios.load(str(folder), device="cpu", threads=2)
     with Progress() as progress:
@@ -151,6 +151,8 @@ def report(folder: Path, into: Path, losses: Losses, minutes: float) -> None:
         "minutes of training": round(minutes, 1),
         "bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
         "machine": f"{platform.machine()}, {multiprocessing.cpu_count()} cores, torch {version('torch')}",
+        "steps": {name: len(each) for name, each in losses.items()},
+        "dB of the VAE": train_vae.fidelity(helios.vae, linear, films=8, seed=1),
         "scores": {way: vars(tally) for way, tally in tallies.items()},
         "losses": {
             name: [round(float(np.mean(each[i : i + EVERY])), 5) for i in range(0, len(each), EVERY)]

@@ -27,12 +27,12 @@ from helios_core.demo import words
 from helios_core.demo.codec import LinearCodec
 from helios_core.demo.initial import initialise_text_encoder, initialise_transformer
 from helios_core.demo.layout import SCHEDULERS, make_tokenizer
-from helios_core.demo.lessons import Lesson, Lessons, Prompt, Rollouts
+from helios_core.demo.lessons import Lesson, Lessons, Prompt
 from helios_core.sampling.chunk import TOKEN_AREA, double, halve
 from helios_core.sampling.noise import block_noise
 from helios_core.sampling.schedule import Stage, few_step_points, pyramid
 from helios_core.transformer.layers import Attention
-from helios_core.transformer.model import ChunkContext, HeliosTransformer, TextContext
+from helios_core.transformer.model import HeliosTransformer, TextContext
 
 TRANSFORMER = TransformerConfig(
     num_attention_heads=6,
@@ -50,8 +50,6 @@ FULL_EVERY = 3  # the finer stages, which are easier, take part in one of so man
 STAGE_WEIGHT = {0: 2.0, 1: 1.0, 2: 1.0}
 RIPE = 0.35  # from this share of the steps on, lessons are no longer easy and later steps of a stage are worth it
 LATER_STEPS = 0.3  # share of the batches, then, at a later step of a stage
-ROLLED, ROLLOUTS, ROLL_EVERY = 0.75, 12, 4  # from there on the student also learns from its own videos, so many
-ROLLED_WEIGHT = 0.5
 STEP_COUNTS = (2, 2, 3, 4, 4, 6)  # of a stage
 STAGE_NOISE = 0.12  # most noise (deviation) on the result of the stage before
 LEARNING_RATE, MUON_RATE = 2.2e-3, 6.6e-3
@@ -69,7 +67,7 @@ def taught_words() -> list[str]:
 def _small_words() -> set[str]:
     """Those of the captions that stand for nothing."""
     templates = " ".join([*words.TEMPLATES, *words.SKIES, *(lead for each in words.LEADS.values() for lead in each)])
-    return {"a", "an"} | {word for word in templates.replace(",", " ").split() if word.isalpha()}
+    return {"a", "an", "the"} | {word for word in templates.replace(",", " ").split() if word.isalpha()}
 
 
 class TextAttention(Attention):
@@ -158,7 +156,6 @@ class Training:
         self.generator = torch.Generator().manual_seed(seed)
         self.rng = random.Random(seed)
         self.lessons = Lessons(linear, tracks, firsts, seed)
-        self.rollouts = Rollouts(self.lessons, ROLLOUTS)
         self.student = Student(self.generator)
         self.average = copy.deepcopy(self.student).requires_grad_(False)
         weight = 1 / linear.scale
@@ -174,65 +171,36 @@ class Training:
         self.rates = [group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def run(self) -> Iterator[Progress]:
-        """Takes one step after the other. Losses are mean weighted squares; that of own videos is of all stages."""
+        """Takes one step after the other. Losses are mean weighted squares."""
         for step in range(self.steps):
             losses = {}
             self.lessons.ripe = step >= RIPE * self.steps
             full = step % FULL_EVERY == FULL_EVERY - 1
             for stage in STAGES if full else STAGES[:1]:
-                loss = self._taught(stage)
+                loss = self._loss(self.lessons.draw(BATCH[stage.index]), stage)
                 (STAGE_WEIGHT[stage.index] * loss).backward()
                 losses[f"stage {stage.index}"] = loss.item()
-            if step >= ROLLED * self.steps and step % ROLL_EVERY == 0:
-                loss = self._rolled()
-                (ROLLED_WEIGHT * loss).backward()
-                losses["own videos"] = loss.item()
             self._update(step)
             yield Progress(step, losses)
 
-    def _taught(self, stage: Stage) -> Tensor:
-        """The loss at one stage, of chunks whose past and whose stage before are true but for some noise."""
-        lesson = self.lessons.draw(BATCH[stage.index])
-        before = None
-        if stage.index > 0:
-            true = _pooled(lesson.latents, stage.index - 1)
-            deviation = torch.rand(len(true), 1, 1, 1, 1, generator=self.generator) * STAGE_NOISE
-            before = true + deviation * torch.randn(true.shape, generator=self.generator)
-        loss, _ = self._loss(lesson, self._context(lesson), stage, before)
-        return loss
-
-    def _rolled(self) -> Tensor:
-        """The loss of all stages, for the next chunks of videos whose past and whose every stage is the student's."""
-        lesson = self.rollouts.draw()
-        context = self._context(lesson)
-        total, before = torch.zeros(()), None
-        for stage in STAGES:
-            loss, before = self._loss(lesson, context, stage, before)
-            total = total + STAGE_WEIGHT[stage.index] * loss
-        self.rollouts.append(before)  # type: ignore[arg-type]  # there is a last stage
-        return total
-
-    def _context(self, lesson: Lesson) -> ChunkContext:
-        text = self.student.text_context(lesson.prompts)
-        return self.student.transformer.begin_chunk(lesson.anchor, lesson.history, text)
-
-    def _loss(
-        self, lesson: Lesson, context: ChunkContext, stage: Stage, before: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """What is wrong with the student's guess of a stage's clean latents, and the guess, [B, K, 9, h', w'].
-
-        The first is a mean square, weighted by place and channel. `before`: the result of the stage before.
-        """
+    def _loss(self, lesson: Lesson, stage: Stage) -> Tensor:
+        """What is wrong with the student's guess of a stage's clean latents: a mean square, weighted by place and
+        channel. The stage before, as the past, is true but for some noise."""
         model = self.student.transformer
-        tokens = lesson.noise[0, 0].numel() // TOKEN_AREA // 4 ** (2 if before is None else 3 - stage.index)
-        if before is None:
+        text = self.student.text_context(lesson.prompts)
+        context = model.begin_chunk(lesson.anchor, lesson.history, text)
+        if stage.index == 0:
             start = lesson.noise
             for _ in STAGES[1:]:
                 start = halve(start)
         else:
-            before = double(before)
+            true = _pooled(lesson.latents, stage.index - 1)
+            deviation = torch.rand(len(true), 1, 1, 1, 1, generator=self.generator) * STAGE_NOISE
+            before = double(true + deviation * torch.randn(true.shape, generator=self.generator))
             renoise = block_noise(tuple(before.shape), SCHEDULER.gamma, self.generator)
             start = stage.signal * before + stage.noise * renoise
+        # Tokens are counted before a stage doubles its sides (sampling/chunk.py).
+        tokens = start[0, 0].numel() // TOKEN_AREA // (1 if stage.index == 0 else 4)
         points = few_step_points(stage, self.rng.choice(STEP_COUNTS), tokens, SCHEDULER)
         x, point = start, points[0]
         if self.lessons.ripe and self.rng.random() < LATER_STEPS:
@@ -240,10 +208,9 @@ class Training:
                 clean = x - point.sigma * model(x, point.timestep, context)
             point = self.rng.choice(points[1:])
             x = (1 - point.sigma) * clean + point.sigma * start
-        guess = x - point.sigma * model(x, point.timestep, context)
-        wrong = guess - _pooled(lesson.latents, stage.index)
-        loss = (_pooled(lesson.weight, stage.index) * self.channel_weight * wrong.square()).mean()
-        return loss, guess.detach()
+        wrong = x - point.sigma * model(x, point.timestep, context) - _pooled(lesson.latents, stage.index)
+        weighted: Tensor = _pooled(lesson.weight, stage.index) * self.channel_weight * wrong.square()
+        return weighted.mean()
 
     def _update(self, step: int) -> None:
         nn.utils.clip_grad_norm_(self.student.parameters(), CLIP)

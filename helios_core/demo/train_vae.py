@@ -9,6 +9,7 @@ Shapes: K latent channels, T pictures, H, W their rows and columns; t, h, w thos
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from helios_core.config import CHUNK_FRAMES, VaeConfig
 from helios_core.demo import world
 from helios_core.demo.codec import CHANNELS, LinearCodec
-from helios_core.demo.words import random_scene
+from helios_core.demo.words import opened, random_scene
 from helios_core.vae.model import Cache, WanVae
 
 VAE = VaeConfig(
@@ -39,9 +40,10 @@ VAE = VaeConfig(
     scale_factor_spatial=16,
 )
 LEARNING_RATE = 3e-3
-SHORT, SHORT_BATCH = 13, 2  # pictures of a film, and films, in the first half of the decoder's steps; then whole chunks
+SHORT, SHORT_BATCH = 13, 2  # the decoder's steps: pictures of a film, and films; the encoder's are one whole chunk
 CODE_NOISE = 0.1  # most noise (deviation) on the code, as the transformer's guesses are not exact
 STILL_EVERY = 6  # of the encoder's films one stands still
+OPEN = 0.2  # share of the films of which some is left open
 LOG_VARIANCE = -12.0
 
 
@@ -55,8 +57,10 @@ class Progress:
 
 
 def random_film(rng: random.Random, frames: int) -> Tensor:
-    """[T, 3, 128, 256] in [0, 1] of any scene, the thing anywhere, from any frame of its motion on."""
+    """[T, 3, 128, 256] in [0, 1] of any scene, some of it left open, the thing anywhere, from any frame on."""
     scene = random_scene(rng)
+    if rng.random() < OPEN:
+        scene = opened(scene, rng)
     poses = list(world.poses(scene.motion, (rng.random() * world.WIDTH, rng.random()), CHUNK_FRAMES))
     first = rng.randrange(CHUNK_FRAMES - frames + 1)
     masks = world.masks(scene.shape, scene.ground, poses[first : first + frames], world.SIZE, first)
@@ -78,9 +82,8 @@ def train(
         vae.quant_conv.weight[half:] = 0.0
         vae.quant_conv.bias[half:] = LOG_VARIANCE  # type: ignore[index]
 
-    def decoder_error(step: int) -> Tensor:
-        whole = step > decoder_steps // 2
-        films = [random_film(rng, CHUNK_FRAMES if whole else SHORT) for _ in range(1 if whole else SHORT_BATCH)]
+    def decoder_error(_: int) -> Tensor:
+        films = [random_film(rng, SHORT) for _ in range(SHORT_BATCH)]
         code = torch.cat([coded(film, linear) for film in films])
         code = code + rng.random() * CODE_NOISE * torch.randn(code.shape, generator=generator)
         wrong = written(vae, code) - _signed(films)
@@ -108,6 +111,22 @@ def train(
             rate.step()
             optimizer.zero_grad()
             yield Progress(part, step, loss.item())
+
+
+@torch.no_grad()
+def fidelity(vae: WanVae, linear: LinearCodec, films: int, seed: int) -> dict[str, float]:
+    """Peak signal-to-noise ratios on new films, in dB: of the decoder on their true code, and after the encoder."""
+    rng = random.Random(seed)
+    shown = [random_film(rng, CHUNK_FRAMES) for _ in range(films)]
+    codes = {
+        "decoder, true code": [coded(film, linear) for film in shown],
+        "encoder and decoder": [vae.encode(_signed([film]))[0] for film in shown],
+    }
+
+    def error(film: Tensor, code: Tensor) -> float:
+        return float(((vae.decode(code) - _signed([film])) / 2).square().mean())
+
+    return {name: round(-10 * math.log10(sum(map(error, shown, each)) / films), 2) for name, each in codes.items()}
 
 
 def written(vae: WanVae, code_BKthw: Tensor) -> Tensor:

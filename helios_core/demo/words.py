@@ -109,6 +109,7 @@ SKIES = (" under a {} sky", ", {} sky", " and a {} sky", " in a {} sky")
 LEADS = {"left": ("drifting ", "moving ", "going "), "up": ("moving ", "going "), "still": ("standing ", "")}
 LEADS |= {"right": LEADS["left"], "down": LEADS["up"]}  # what may stand before a word of motion
 PLURALS = ("hills", "mountains")
+DEFINITE = 0.2  # share of the nouns with "the"
 HELD_OUT = frozenset(  # (thing, ground): colours that no caption of the training names together
     {
         ("red", "blue"),
@@ -162,6 +163,8 @@ def _noun(words: Words, meaning: str | None, colour: str | None, rng: random.Ran
         return ""
     word = rng.choice(words[meaning])
     said = f"{colour} {word}" if colour else word
+    if rng.random() < DEFINITE:
+        return f"the {said}"
     if word in PLURALS:
         return said
     return f"an {said}" if said[0] in "aeiou" else f"a {said}"

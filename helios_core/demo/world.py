@@ -31,11 +31,12 @@ GROUND_COLOUR: Colour = (0.44, 0.43, 0.47)
 SKY_COLOURS: tuple[Colour, Colour] = ((0.12, 0.14, 0.24), (0.44, 0.44, 0.55))  # top and horizon: dusk
 
 HORIZON = 0.66
-RADIUS = 0.25
+RADIUS = 0.27
 START = (1.0, 0.34)  # where the thing is in the first frame, give or take
 START_SPAN = (0.36, 0.08)  # as wide and high is the area in which the seed puts it
 SPEED = 1 / 66  # heights per frame: once across in 132 frames, once up in 66
 PULSE = 0.3  # by this share the radius grows and shrinks
+HILL, WAVE, FURROW = 0.12, 0.22, 0.22  # how high hills are; how light and dark a sea's waves and a field's furrow
 EDGE, GLOW, GLOW_REACH = 0.02, 0.3, 0.08  # the edge is at least a pixel wide
 
 
@@ -102,14 +103,14 @@ def masks(shape: str | None, ground: str | None, poses: list[Pose], size: tuple[
 def _ground(ground: str | None, x_W: Tensor, y_H: Tensor, t_T: Tensor) -> tuple[Tensor, Tensor]:
     """Where the sky is [H, W], and the brightness of the ground [T, H, W] or [H, W]."""
     y = y_H[:, None]
-    edge = HORIZON + (0.07 * torch.sin(2 * math.pi * x_W) if ground == "hills" else torch.zeros_like(x_W))
+    edge = HORIZON + (HILL * torch.sin(2 * math.pi * x_W) if ground == "hills" else torch.zeros_like(x_W))
     depth = ((y - edge) / (1 - HORIZON)).clamp(0, 1)
     light = 0.95 - 0.3 * depth
     if ground == "sea":
         t = t_T[:, None, None]
-        light = light + 0.12 * torch.sin(2 * math.pi * (x_W + 2 * depth - t / CHUNK_FRAMES))
+        light = light - 0.1 + WAVE * torch.sin(2 * math.pi * (x_W + 0.5 * depth - t / CHUNK_FRAMES))
     elif ground == "field":
-        light = light + 0.1 * torch.sin(2 * math.pi * 2 * depth.sqrt()) * depth.sqrt()
+        light = light - FURROW * torch.sin(2 * math.pi * depth)
     return (0.5 - (y - edge) / max(EDGE, 1 / len(y_H))).clamp(0, 1), light
 
 

@@ -11,7 +11,7 @@ import torch
 from helios_core.config import CHUNK_FRAMES
 from helios_core.demo import codec, train_transformer, world
 from helios_core.demo.codec import LinearCodec
-from helios_core.demo.lessons import Lessons, Rollouts, Track, as_history, seed_of, steered
+from helios_core.demo.lessons import Track, as_history, seed_of, steered
 from helios_core.demo.train_transformer import STAGES, TRANSFORMER, Student, Training, text_config
 from helios_core.demo.words import random_scene
 from helios_core.sampling.chunk import ChunkSampler
@@ -95,19 +95,6 @@ def test_a_student_begins_with_the_mean(linear: LinearCodec, student: Student) -
     assert sampler.sample(text, state, (1, 1, 1)).latents.square().mean() < 0.05
 
 
-def test_a_rollout_goes_on_from_what_the_student_made(linear: LinearCodec) -> None:
-    rollouts = Rollouts(Lessons(linear, tracks=24, firsts=1, seed=0), videos=3)
-    first = rollouts.draw()
-    assert first.history.abs().max() == 0 and first.anchor.abs().max() == 0
-    made = torch.randn(3, *CHUNK)
-    rollouts.append(made)
-    then = rollouts.draw()
-    gone_on = [i for i in range(3) if then.history[i].abs().max() > 0]
-    assert len(gone_on) == 2  # one has ended
-    for i in gone_on:
-        assert torch.equal(then.history[i, :, -9:], made[i]) and torch.equal(then.anchor[i], made[i, :, :1])
-
-
 @pytest.mark.parametrize("later", [False, True])
 def test_a_lesson_asks_what_sampling_asks(linear: LinearCodec, monkeypatch: pytest.MonkeyPatch, later: bool) -> None:
     """The transformer sees the noise levels and latents that two steps of the few-step solver show it."""
@@ -126,8 +113,8 @@ def test_a_lesson_asks_what_sampling_asks(linear: LinearCodec, monkeypatch: pyte
     monkeypatch.setattr(train_transformer, "LATER_STEPS", float(later))
     monkeypatch.setattr(train_transformer, "STEP_COUNTS", (2,))
     with torch.no_grad():
-        context = training._context(lesson)
-        training._loss(lesson, context, stage, None)
+        training._loss(lesson, stage)
+        context = model.begin_chunk(lesson.anchor, lesson.history, training.student.text_context(lesson.prompts))
         taught, asked[:] = list(asked), []
 
         def velocity(latents: torch.Tensor, step: object) -> torch.Tensor:
