@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from deployments import store_check, videos_cli
+from deployments.videos_cli import check_writable
 from helios_core.config import CHUNK_FRAMES
 from helios_core.demo.words import vocabulary
 from helios_core.errors import HeliosError, InvalidInput
@@ -276,17 +277,6 @@ def parse_prompt_at(text: str) -> PromptAt:
     except ValueError:
         pass  # told below
     raise InvalidInput("prompt_at", text, 'seconds, a colon and a prompt, for example 3:"a green moon"')
-
-
-def check_writable(option: str, path: Path) -> None:
-    """Raises InvalidInput if no file can be made at `path`, before any work is lost. Leaves no file behind."""
-    existed = path.exists()
-    try:
-        path.open("ab").close()
-    except OSError as error:
-        raise InvalidInput(option, str(path), f"a file that can be written ({error.strerror})") from None
-    if not existed:
-        path.resolve().unlink()  # the file, not a link to it
 
 
 def progress_bar() -> Progress:

@@ -122,8 +122,6 @@ def watch(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="MP4 file to write; by default ID.mp4")] = None,
 ) -> None:
     """Write a video into a file, which can be played while it grows."""
-    from deployments.cli import check_writable
-
     status = ask(url, "GET", path_of(video))
     path = Path(f"{video}.mp4") if output is None else output
     check_writable("output", path)
@@ -248,3 +246,14 @@ def shortened(prompt: str) -> str:
     """A prompt as one short line that does nothing to a terminal."""
     line = " ".join("".join(letter if letter.isprintable() else " " for letter in prompt).split())
     return line if len(line) <= PROMPT_LETTERS else line[: PROMPT_LETTERS - 1] + "…"
+
+
+def check_writable(option: str, path: Path) -> None:
+    """Raises InvalidInput if no file can be made at `path`, before any work is lost. Leaves no file behind."""
+    existed = path.exists()
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise InvalidInput(option, str(path), f"a file that can be written ({error.strerror})") from None
+    if not existed:
+        path.resolve().unlink()  # the file, not a link to it
