@@ -69,7 +69,9 @@ class Unreadable(HeliosError):
 class Director:
     """One per store. `start` it before use.
 
-    Every public method is safe to call at any time from many tasks of one event loop.
+    Every public method is safe to call at any time from many tasks of one event loop. Those that take a video's id
+    raise Superseded if another Director has been found to lead the store, and StoreUnavailable if what is asked for
+    cannot be read.
     """
 
     def __init__(

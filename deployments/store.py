@@ -457,9 +457,7 @@ class Store:
         """
         await self.prepare(video_id)
         await self._delete([f"videos/{video_id}/request.json"])
-        with self._errors():
-            listing = await self._run(_list_all, f"videos/{video_id}/")
-        await self._delete(listing)
+        await self._delete([item.key for item in await self.objects(video_id)])
         if self.folder is not None:
             # Empty folders, and what a killed writer left half written. obstore's own cleaning up races with puts.
             await asyncio.to_thread(shutil.rmtree, self.folder / "videos" / video_id, ignore_errors=True)
@@ -543,10 +541,6 @@ class Store:
 
 def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]  # the rest is Rust's debug form of the same
-
-
-def _list_all(objects: Any, prefix: str) -> list[str]:
-    return [item["path"] for part in obstore.list(objects, prefix) for item in part]
 
 
 def _list_objects(objects: Any, prefix: str) -> list[Listed]:

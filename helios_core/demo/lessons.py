@@ -146,27 +146,21 @@ class Lessons:
     def draw(self, batch: int) -> Lesson:
         return _batch([self._draw_one() for _ in range(batch)])
 
-    @property
-    def no_past(self) -> tuple[Tensor, Tensor]:
-        """Anchor and history of a video's first chunk."""
-        nothing = torch.zeros_like(self.parts_NJPKThw[0, 0, 0, :, :1], dtype=torch.float32)
-        return nothing, nothing.expand(-1, HISTORY_LATENTS, -1, -1)
-
-    def coloured(self, parts_PKThw: Tensor, colours_M3: Tensor) -> Tensor:
+    def _coloured(self, parts_PKThw: Tensor, colours_M3: Tensor) -> Tensor:
         """[K, T, h, w]"""
         latents = torch.einsum("pkthw,p->kthw", parts_PKThw.float(), colours_M3.flatten())
         return latents + self.linear.offset[:, None, None, None]
 
-    def text(self, scene: Scene) -> str:
+    def _text(self, scene: Scene) -> str:
         """A prompt for a scene; words without meaning if nothing of it is named."""
         return caption(scene, self.rng) or gibberish(self.rng)
 
-    def weight(self, parts_PKThw: Tensor) -> Tensor:
+    def _weight(self, parts_PKThw: Tensor) -> Tensor:
         """How much each place of a chunk counts, [1, 9, h, w]: the thing is small, so more where it is."""
         energy = parts_PKThw[OBJECT].float().square().sum((0, 1))
         return (1 + 2 * energy / energy.max())[None]
 
-    def noise(self, like: Tensor) -> Tensor:
+    def _noise(self, like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=self.generator)
 
     def _draw_one(self) -> Example:
@@ -185,31 +179,31 @@ class Lessons:
         scene = painted(track.scenes[j], self.rng)
         if kind == "after a picture":
             # A picture shows all but the motion.
-            hues, prompt = _unchanging(scene), [(self.text(self._hinted(scene, motion=True)), 1.0)]
-            frame = self.coloured(parts_JPKThw[j, :, :, :1], hues(0))
+            hues, prompt = _unchanging(scene), [(self._text(self._hinted(scene, motion=True)), 1.0)]
+            frame = self._coloured(parts_JPKThw[j, :, :, :1], hues(0))
             anchor, frames = self._as_input(frame), self._as_input(frame)
         else:
             before = track.scenes[j - 1]
             before = replace(scene, shape=before.shape, ground=before.ground, motion=before.motion)
             hues, prompt = self._going_on(before, scene)
-            frames = torch.cat([self.coloured(each, hues(len(past) - k)) for k, each in enumerate(past)], dim=1)
-            anchor = self.coloured(past[0][:, :, :1], hues(TRANSITION_CHUNKS))
+            frames = torch.cat([self._coloured(each, hues(len(past) - k)) for k, each in enumerate(past)], dim=1)
+            anchor = self._coloured(past[0][:, :, :1], hues(TRANSITION_CHUNKS))
             if kind == "second after a picture":
                 frames = torch.cat([self._as_input(frames[:, :1]), frames], dim=1)
                 anchor = self._as_input(anchor)
             elif kind == "later" and self.rng.random() < 0.5:  # of a longer video, which once had other colours
                 first = colours(random_scene(self.rng)) if self.rng.random() < RECOLOURED else hues(TRANSITION_CHUNKS)
-                anchor = self.coloured(parts_JPKThw[self.rng.randrange(CHUNKS), :, :, :1], first)
+                anchor = self._coloured(parts_JPKThw[self.rng.randrange(CHUNKS), :, :, :1], first)
             if kind in ("second", "later") and self.rng.random() < CLIP:
                 anchor, frames = self._as_input(anchor), self._as_input(frames)
             elif kind == "later" and self.rng.random() < OLD_INPUT:
                 anchor = self._as_input(anchor)
         if self.rng.random() < 0.5:
             deviation = self.rng.random() * PAST_NOISE
-            anchor, frames = anchor + deviation * self.noise(anchor), frames + deviation * self.noise(frames)
-        latents = self.coloured(parts_JPKThw[j], hues(0))
-        weight = self.weight(parts_JPKThw[j])
-        return latents, anchor, as_history(frames), self.noise(latents), weight, prompt
+            anchor, frames = anchor + deviation * self._noise(anchor), frames + deviation * self._noise(frames)
+        latents = self._coloured(parts_JPKThw[j], hues(0))
+        weight = self._weight(parts_JPKThw[j])
+        return latents, anchor, as_history(frames), self._noise(latents), weight, prompt
 
     def _first(self) -> Example:
         """The first chunk of a video, of which the prompt says all that is not left to the world."""
@@ -217,9 +211,17 @@ class Lessons:
         parts_PKThw = self.first_parts_NJPKThw[i, 0]
         scene = painted(self.firsts[i].scenes[0], self.rng)
         scene = replace(scene, **{name: None for name in OWN_COLOURS if self.rng.random() < OPEN})
-        latents = self.coloured(parts_PKThw, colours(scene))
-        noise = steered(self.noise(latents), self.firsts[i])
-        return latents, *self.no_past, noise, self.weight(parts_PKThw), [(self.text(scene), 1.0)]
+        latents = self._coloured(parts_PKThw, colours(scene))
+        noise = steered(self._noise(latents), self.firsts[i])
+        nothing = torch.zeros_like(latents[:, :1])
+        return (
+            latents,
+            nothing,
+            as_history(nothing[:, :0]),
+            noise,
+            self._weight(parts_PKThw),
+            [(self._text(scene), 1.0)],
+        )
 
     def _going_on(self, before: Scene, scene: Scene) -> tuple[Hues, Prompt]:
         """Colours and prompt of a chunk that shows `scene`, of a video that showed `before`.
@@ -230,7 +232,7 @@ class Lessons:
         rng = self.rng
         turned, recoloured = before != scene, rng.random() < RECOLOURED
         if not turned and not recoloured:
-            return _unchanging(scene), [(self.text(self._hinted(scene, motion=False)), 1.0)]
+            return _unchanging(scene), [(self._text(self._hinted(scene, motion=False)), 1.0)]
         said = painted(scene, rng) if recoloured else scene
         old, new = colours(before), colours(replace(before, **said.named))
         at_once = not self.ripe or rng.random() < 0.4
@@ -243,8 +245,8 @@ class Lessons:
             return torch.lerp(old, new, share / TRANSITION_CHUNKS)
 
         if thirds == 3:
-            return hues, [(self.text(said), 1.0)]
-        return hues, [(self.text(before), 1 - thirds / 3), (self.text(said), thirds / 3)]
+            return hues, [(self._text(said), 1.0)]
+        return hues, [(self._text(before), 1 - thirds / 3), (self._text(said), thirds / 3)]
 
     def _hinted(self, scene: Scene, motion: bool) -> Scene:
         """What a prompt may say of a scene that the past shows, its motion in any case if `motion`."""
@@ -261,7 +263,7 @@ class Lessons:
         """Some noise mixed in, as helios_core.conditioning does with an input picture or video."""
         least, most = NOISE_SHARE
         share = torch.rand(latents_KThw.shape[1], 1, 1, generator=self.generator) * (most - least) + least
-        return share * self.noise(latents_KThw) + (1 - share) * latents_KThw
+        return share * self._noise(latents_KThw) + (1 - share) * latents_KThw
 
 
 def _unchanging(scene: Scene) -> Hues:
