@@ -94,6 +94,7 @@ class AppConfig(Settings):
     # HAProxy in front: then a viewer who reads slowly is also sent to slowly. A running cluster (RAY_ADDRESS) needs
     # RAY_SERVE_ENABLE_HA_PROXY=1 on each of its nodes besides.
     haproxy: bool = False
+    unwatched_s: float = Field(10.0, gt=0)  # so long a video that is made for its viewers goes on without one
     torch_threads: int | None = Field(None, ge=1)  # None: half of the cores (helios_core.checkpoints.use_threads)
     max_body_bytes: int = Field(1 << 20, ge=1024)  # without uploads
     keep_states: Literal["last", "all"] = "last"  # all: a video can be forked at any chunk, for 5 MB a chunk

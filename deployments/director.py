@@ -12,10 +12,10 @@ import gc
 import itertools
 import logging
 import time
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from deployments.logs import event, shown
 from deployments.making import Graph, Maker, NotPossible, RunningVideo, first_record, leaves
@@ -44,7 +44,7 @@ T = TypeVar("T")
 COLLECT_AFTER_S = 1.0
 NEWS_S = 5.0  # how long a watcher's question may stay open
 STORE_AGAIN_S = 5.0  # between two tries to store an end, or to read what is to be resumed
-UNWATCHED_S = 10.0  # how long a video that is made for its watchers goes on without one
+UNWATCHED_S = 10.0
 
 
 class NoSuchVideo(HeliosError):
@@ -83,10 +83,12 @@ class Director:
         patience_s: float,
         keep_all_states: bool,
         log_prompts: bool,
+        unwatched_s: float,
     ) -> None:
         self._graph, self._store, self._tracer, self._term = graph, store, tracer, term
         self._patient = store.patient(patience_s)  # for what a video needs; who asks is told at once
         self._log_prompts = log_prompts
+        self._unwatched_s = unwatched_s
         self._running: dict[str, RunningVideo] = {}
         self._resuming: dict[str, asyncio.Task[None]] = {}  # videos that an earlier Director left behind
         self._accepting: dict[str, asyncio.Task[VideoStatus]] = {}
@@ -117,17 +119,18 @@ class Director:
         patience_s: float = 0.0,
         keep_all_states: bool = False,
         log_prompts: bool = False,
+        unwatched_s: float = UNWATCHED_S,
         keep: Keep | None = None,
     ) -> Director:
         """Takes the lead of `store` with a new term, and goes on with the videos that an earlier Director left behind:
         not here, so that none can keep it from starting.
 
         `patience_s`: how long a video waits for a store that is away; `keep_all_states`: of each video, not only the
-        last; `keep`: what is kept of the videos that have ended; None: all, and nothing is deleted by itself. Raises
-        StoreUnavailable.
+        last; `unwatched_s`: how long one that is made for its watchers goes on without one; `keep`: what is kept of the
+        videos that have ended; None: all, and nothing is deleted by itself. Raises StoreUnavailable.
         """
         term = await store.claim_term()
-        director = cls(graph, store, tracer, term, patience_s, keep_all_states, log_prompts)
+        director = cls(graph, store, tracer, term, patience_s, keep_all_states, log_prompts, unwatched_s)
         for video_id in await store.active():
             task = asyncio.create_task(director._resume(video_id), name=f"resuming {video_id}")
             director._resuming[video_id] = task
@@ -279,16 +282,39 @@ class Director:
 
         Raises NoSuchVideo, Unreadable, or NotPossible if the video has ended or all its chunks have begun.
         """
+        video = await self._unended(video_id, "to change the prompt of")
+        return await self._changed(video, self._maker.change_prompt(video, prompt, transition_chunks))
+
+    async def pause(self, video_id: str) -> VideoStatus:
+        """Stops a running video before its next chunk, and leaves its sampler to others; one that is paused stays so.
+
+        Raises NoSuchVideo, Unreadable, or NotPossible if the video has ended.
+        """
+        return await self._set_paused(video_id, True)
+
+    async def resume(self, video_id: str) -> VideoStatus:
+        """Goes on with a paused video; one that is not paused goes on anyway. Raises as `pause`."""
+        return await self._set_paused(video_id, False)
+
+    async def _set_paused(self, video_id: str, paused: bool) -> VideoStatus:
+        video = await self._unended(video_id, "to pause or resume")
+        await self._changed(video, self._maker.pause(video, paused))
+        return self._status(video.record)
+
+    async def _unended(self, video_id: str, what: str) -> RunningVideo:
+        """A running video. Raises NotPossible, which says `what` is allowed for one, if it is over."""
         video = await self._found(video_id)
         if video is None or video.ending or video.cancelled:
             status = await self.get(video_id)
-            raise NotPossible(f"video {video_id} is {status.status}; allowed: to change the prompt of a running video")
-        change = asyncio.create_task(
-            self._maker.change_prompt(video, prompt, transition_chunks), context=contextvars.Context()
-        )
-        video.changes.add(change)  # the video does not end before it
-        change.add_done_callback(video.changes.discard)
-        return await _whole(change)
+            raise NotPossible(f"video {video_id} is {status.status}; allowed: {what} a running video")
+        return video
+
+    async def _changed(self, video: RunningVideo, change: Coroutine[Any, Any, T]) -> T:
+        """The result of a change, before which the video does not end."""
+        task = asyncio.create_task(change, context=contextvars.Context())
+        video.changes.add(task)
+        task.add_done_callback(video.changes.discard)
+        return await _whole(task)
 
     async def get(self, video_id: str) -> VideoStatus:
         """Where a video stands. Raises NoSuchVideo or Unreadable."""
@@ -441,7 +467,7 @@ class Director:
 
     @contextmanager
     def _watched(self, video: RunningVideo) -> Iterator[None]:
-        video.watchers += 1
+        video.watch()
         try:
             yield
         finally:
@@ -449,11 +475,11 @@ class Director:
             self._watch_out(video)
 
     def _watch_out(self, video: RunningVideo) -> None:
-        """From here on, `video` has UNWATCHED_S to find a watcher, if it has none and needs one."""
+        """From here on, `video` has `unwatched_s` to find a watcher, if it has none and needs one."""
         if video.unwatched is not None:
             video.unwatched.cancel()
         if video.request.while_watched and not video.ending:
-            video.unwatched = asyncio.get_running_loop().call_later(UNWATCHED_S, self._cancel_unwatched, video)
+            video.unwatched = asyncio.get_running_loop().call_later(self._unwatched_s, self._cancel_unwatched, video)
 
     def _cancel_unwatched(self, video: RunningVideo) -> None:
         if not video.watchers:
@@ -495,7 +521,10 @@ class Director:
             turns.forget(video.request.id)
         if video.unwatched is not None:
             video.unwatched.cancel()
-        changes = {"status": status, "error": error, "completed_at": time.time()}
+        changes: dict[str, Any] = {"status": status, "error": error, "completed_at": time.time(), "paused": False}
+        spec, made = video.record.spec, len(video.record.chunks)
+        if spec.open_ended and made and error is None:  # it has no length that it could fall short of
+            changes |= {"status": "completed", "spec": spec.ended_after(made)}
         ended = video.record.model_copy(update=changes)
         try:
             await self._patient.put_record(ended, self._term)

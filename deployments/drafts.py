@@ -25,7 +25,7 @@ from deployments.schemas import CreateVideo, EditVideo, ExtendVideo, ForkVideo, 
 from deployments.store import Claim, Store, is_video_id, new_video_id
 from helios_core.errors import HeliosError, InvalidInput, shown
 from helios_core.media.read import probe
-from helios_core.spec import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, VIDEO_TO_VIDEO, ModelCard, VideoSpec
+from helios_core.spec import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, VIDEO_TO_VIDEO, ModelCard, VideoSpec, check_lead
 
 # Each is a process that may take 150 MB; its wall time is limited, and so must not be spent on waiting for a core.
 PROBES_AT_ONCE = 2
@@ -45,6 +45,7 @@ class Draft:
     spec: VideoSpec
     input: StoredObject | None = None
     origin: Origin | None = None
+    lead_seconds: float | None = None
 
 
 class Drafts:
@@ -72,7 +73,7 @@ class Drafts:
         upload = body.file("input_reference")
         if upload is None:
             spec = self._spec(fields, TEXT_TO_VIDEO)
-            return Draft(await new_id(), spec)
+            return Draft(await new_id(), spec, lead_seconds=fields.lead_seconds)
         self._spec(fields, IMAGE_TO_VIDEO)  # what is wrong anyway is said before the file is looked at
         async with on_disk(upload) as path:
             return await self._with_input(fields, "input_reference", path, new_id)
@@ -118,6 +119,7 @@ class Drafts:
         model = next(iter(self._models)) if fields.model is None else fields.model
         if model not in self._models:
             raise no_such_model(model, self._models)
+        check_lead(fields.lead_seconds, self._config.limits)
         return fields.request(self._config.limits, task).check(self._models[model])
 
     async def _with_input(self, fields: CreateVideo, name: str, path: Path, new_id: NewId) -> Draft:
@@ -140,7 +142,8 @@ class Drafts:
         spec = self._spec(fields, task)
         video_id = await new_id()
         await self._store.prepare(video_id)  # an ingress that dies before the video is accepted leaves it to be removed
-        return Draft(video_id, spec, input=await self._store.put_input(video_id, path))
+        media = await self._store.put_input(video_id, path)
+        return Draft(video_id, spec, input=media, lead_seconds=fields.lead_seconds)
 
     async def _completed(self, video_id: str) -> VideoStatus:
         """How a video stands that has to be completed."""

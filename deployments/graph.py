@@ -98,6 +98,7 @@ class DirectorReplica:
             patience_s=config.store_patience_s,
             keep_all_states=config.keep_states == "all",
             log_prompts=config.log_prompts,
+            unwatched_s=config.unwatched_s,
             keep=Keep(days=config.keep_videos_days, bytes=config.keep_bytes),
         )
 
@@ -118,6 +119,12 @@ class DirectorReplica:
 
     async def change_prompt(self, video_id: str, prompt: str, transition_chunks: int) -> PromptChange:
         return await self._director.change_prompt(video_id, prompt, transition_chunks)
+
+    async def pause(self, video_id: str) -> VideoStatus:
+        return await self._director.pause(video_id)
+
+    async def resume(self, video_id: str) -> VideoStatus:
+        return await self._director.resume(video_id)
 
     async def cancel(self, video_id: str) -> VideoStatus:
         return await self._director.cancel(video_id)
@@ -170,6 +177,14 @@ class RemoteDirector:
     async def change_prompt(self, video_id: str, prompt: str, transition_chunks: int) -> PromptChange:
         change: PromptChange = await call(self._handle, "change_prompt", video_id, prompt, transition_chunks)
         return change
+
+    async def pause(self, video_id: str) -> VideoStatus:
+        status: VideoStatus = await self._of_any("pause", video_id)
+        return status
+
+    async def resume(self, video_id: str) -> VideoStatus:
+        status: VideoStatus = await self._of_any("resume", video_id)
+        return status
 
     async def cancel(self, video_id: str) -> VideoStatus:
         status: VideoStatus = await self._of_any("cancel", video_id)

@@ -71,6 +71,8 @@ class DirectorCalls(Protocol):
     async def page(self, limit: int, after: str | None, newest_first: bool) -> Page: ...
     async def news(self, video_id: str, seen: int) -> News: ...
     async def change_prompt(self, video_id: str, prompt: str, transition_chunks: int) -> PromptChange: ...
+    async def pause(self, video_id: str) -> VideoStatus: ...
+    async def resume(self, video_id: str) -> VideoStatus: ...
     async def cancel(self, video_id: str) -> VideoStatus: ...
     async def delete(self, video_id: str) -> None: ...
     async def metrics(self) -> bytes: ...
@@ -115,7 +117,8 @@ def http_app(
                 input=wanted.input,
                 origin=wanted.origin,
                 traceparent=parent,
-                while_watched=while_watched,
+                while_watched=while_watched or wanted.spec.open_ended or wanted.lead_seconds is not None,
+                lead_seconds=wanted.lead_seconds,
             )
             return await once.create(video, director.create), {"traceparent": parent, **once.headers}
 
@@ -221,6 +224,14 @@ def http_app(
     async def delete(video_id: str) -> JSONResponse:
         await director.delete(known(video_id))
         return JSONResponse({"id": video_id, "object": "video.deleted", "deleted": True})
+
+    @app.post("/v1/videos/{video_id}/pause")
+    async def pause(video_id: str) -> JSONResponse:
+        return answer(await director.pause(known(video_id)))
+
+    @app.post("/v1/videos/{video_id}/resume")
+    async def resume(video_id: str) -> JSONResponse:
+        return answer(await director.resume(known(video_id)))
 
     @app.post("/v1/videos/{video_id}/cancel")
     async def cancel(video_id: str) -> JSONResponse:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -20,6 +21,7 @@ from opentelemetry.trace import Span
 
 from deployments.logs import event
 from deployments.metrics import Metrics
+from deployments.playback import Playback
 from deployments.records import (
     Call,
     Rendered,
@@ -32,6 +34,7 @@ from deployments.records import (
 from deployments.store import Store, StoreUnavailable
 from deployments.tracing import Tracer, ending, traceparent
 from deployments.turns import Turns
+from helios_core.config import CHUNK_FRAMES
 from helios_core.errors import HeliosError
 from helios_core.spec import PromptChange, VideoSpec
 
@@ -153,9 +156,12 @@ class RunningVideo:
         self.issued = max(len(self.record.chunks), self.record.start.seen if self.record.start else 0)
         self.texts: dict[str, Ref] = {}  # the prompts that were encoded, by reference while that is good
         self.stored_texts: dict[str, StoredObject] = {}
-        self.changes: set[asyncio.Task[PromptChange]] = set()  # of the prompt, under way
+        self.changes: set[asyncio.Task[Any]] = set()  # that clients asked for, under way
         self.retries: Counter[int] = Counter()  # by chunk
         self.watchers = 0
+        # An earlier Director did not say how much of it was played: as little as its lead allowed.
+        made_s, lead_s = sum(chunk.frames for chunk in self.record.chunks) / request.spec.fps, request.lead_seconds
+        self.playback = Playback(lead_s, min(made_s, (lead_s or 0.0) + CHUNK_FRAMES / request.spec.fps))
         self.unwatched: asyncio.TimerHandle | None = None
         self.making: asyncio.Task[None]  # its chunks; this is what a cancel stops
         self.leading: asyncio.Task[None]  # the video, to its end; never cancelled
@@ -166,6 +172,12 @@ class RunningVideo:
         self.changed = asyncio.Event()
         if record.ended:
             self.over.set()
+
+    def watch(self) -> None:
+        """Somebody watches."""
+        self.watchers += 1
+        if self.playback.watched(asyncio.get_running_loop().time()):
+            self.update(self.record)  # who waits for the first one goes on
 
     def call(self, attempt: int, span: Span | None = None) -> Call:
         """A call to a replica whose work is a part of `span`, or of the video's own span."""
@@ -321,18 +333,47 @@ class Maker:
             await self._retried(video, index, partial(self._encode, video, prompt))
 
         async def attempt(number: int) -> tuple[Ref, SampleReport]:
-            call, asked = video.call(number, chunk), time.time_ns()
-            async with self._turns[spec.model].turn(video.request.id, again=number > 0):
-                now = time.time_ns()
-                self._tracer.start("wait", call.traceparent, start_time=asked).end(now)
-                self._metrics.waited((now - asked) / 1e9)
-                await self._begin(video, index + 1)
-                mix = dict(video.record.spec.mix_of_chunk(index))
-                texts = [video.texts[prompt] for prompt in [*mix, *negative]]
-                with self._losses(video, "sampler", "sample", call):
-                    return await self._graph.sample(call, spec, index, tuple(mix.values()), state, *texts)
+            call = video.call(number, chunk)
+            while True:
+                await self._wanted(video, index)
+                asked = time.time_ns()
+                async with self._turns[spec.model].turn(video.request.id, again=number > 0):
+                    if video.record.paused:
+                        continue  # since it asked: another video may have the turn
+                    now = time.time_ns()
+                    self._tracer.start("wait", call.traceparent, start_time=asked).end(now)
+                    self._metrics.waited((now - asked) / 1e9)
+                    await self._begin(video, index + 1)
+                    mix = dict(video.record.spec.mix_of_chunk(index))
+                    texts = [video.texts[prompt] for prompt in [*mix, *negative]]
+                    with self._losses(video, "sampler", "sample", call):
+                        return await self._graph.sample(call, spec, index, tuple(mix.values()), state, *texts)
 
         return await self._retried(video, index, attempt)
+
+    async def _wanted(self, video: RunningVideo, index: int) -> None:
+        """Returns when a chunk is wanted: the video is not paused, nor made too far ahead of its playback."""
+        clock, fps = asyncio.get_running_loop().time, video.request.spec.fps
+        while True:
+            begun_s = (index - len(video.record.chunks)) * CHUNK_FRAMES / fps
+            wait = math.inf if video.record.paused else video.playback.wait(begun_s, clock())
+            if wait <= 0:
+                return
+            with suppress(TimeoutError):
+                async with asyncio.timeout(None if wait == math.inf else wait):
+                    await video.changed.wait()
+
+    async def pause(self, video: RunningVideo, paused: bool) -> None:
+        """Commits that no further chunk is wanted for now, or that one is."""
+        async with video.writing:
+            if video.record.paused == paused:
+                return
+            changed = video.record.model_copy(update={"paused": paused})
+            await self._store.put_record(changed, self._term)
+            video.update(changed)
+        if not paused:
+            self._metrics.resumed_playing(video.request.id, time.time())
+        event(logger, "paused" if paused else "resumed", video.request)
 
     async def _render_and_commit(
         self, video: RunningVideo, chunk: Span, index: int, state: Ref, sampled: SampleReport
@@ -357,6 +398,7 @@ class Maker:
                 raise EncoderChanged(f"chunk {chunk.index} has another init segment than the chunks before it")
             committed = record.with_chunk(rendered, run)
             await self._store.put_record(committed, self._term)
+            video.playback.committed(chunk.frames / record.spec.fps, asyncio.get_running_loop().time())
             video.update(committed)
         self._metrics.committed(committed, time.time())
         event(logger, "committed", video.request, chunk=chunk.index, bytes=chunk.fragment.bytes)

@@ -185,6 +185,11 @@ class Metrics:
         clock.committed_at = at
         clock.shown_until = max(at, clock.shown_until) + chunk.frames / record.spec.fps
 
+    def resumed_playing(self, video_id: str, at: float) -> None:
+        """A video that was paused goes on: its viewers did not stall, they waited for just that."""
+        clock = self._clocks[video_id]
+        clock.shown_until = max(at, clock.shown_until)
+
     def retried(self, part: str, reason: str) -> None:
         """A call is repeated. `part` and `reason`: as METRICS lists them."""
         self._counters["helios_retries_total"].labels(part, reason).inc()

@@ -104,6 +104,7 @@ class VideoRequestRecord(Record):
     `input`: the image or video of an image- or video-to-video.
     `traceparent`: the W3C context of the request that asked, on which every span of the video hangs.
     `while_watched`: the video is made only as long as somebody watches it.
+    `lead_seconds`: so far ahead of its playback it may be made; None: as far as it goes.
     `fingerprint`: of the model that was to make it, as the Graph tells it.
     """
 
@@ -114,6 +115,7 @@ class VideoRequestRecord(Record):
     origin: Origin | None = None
     traceparent: str | None = None
     while_watched: bool = False
+    lead_seconds: float | None = None
     fingerprint: str | None = None
 
 
@@ -131,7 +133,8 @@ class Start(Record):
 class VideoRecord(Record):
     """Where a video stands: videos/{id}/record.t{term}.json. The highest term counts.
 
-    `spec`: the one that was asked for, with the changes of the prompt since.
+    `spec`: the one that was asked for, with the changes of the prompt since; that of an open-ended video has its length
+    once it is completed. `paused`: its next chunk waits until somebody wants it.
     """
 
     id: str
@@ -146,6 +149,7 @@ class VideoRecord(Record):
     runs: tuple[Run, ...] = ()
     completed_at: float | None = None
     error: VideoError | None = None
+    paused: bool = False
 
     def with_chunk(self, rendered: Rendered, run: Run | None) -> VideoRecord:
         """This record with its next chunk, which was made under `run`."""
@@ -195,6 +199,7 @@ class VideoStatus(Record):
     usage: Usage
     runs: tuple[Run, ...]
     queue_position: int | None
+    paused: bool
 
     @classmethod
     def of(cls, record: VideoRecord, queue_position: int | None) -> VideoStatus:
@@ -215,6 +220,7 @@ class VideoStatus(Record):
             ),
             runs=record.runs,
             queue_position=queue_position,
+            paused=record.paused,
         )
 
     @property

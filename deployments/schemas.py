@@ -66,7 +66,7 @@ def _number_in_text(value: object) -> object:
     """OpenAI's clients send seconds as text."""
     if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,20}(\.[0-9]{1,20})?", value):
         return float(value)
-    return value
+    return None if value == "null" else value
 
 
 def _whole_number_in_text(value: object) -> object:
@@ -119,6 +119,7 @@ class VideoReference(BaseModel):
 
 
 Seconds = Annotated[float, BeforeValidator(_number_in_text)]
+SecondsOrNull = Annotated[float | None, BeforeValidator(_number_in_text)]
 PROMPT = "text"
 SECONDS = "a number"
 SEED = "a whole number from 0 to 2^63-1"
@@ -132,7 +133,8 @@ class CreateVideo(Fields):
 
     prompt: str = Field(description=PROMPT)
     model: str | None = Field(None, description="the id of a model in GET /v1/models")
-    seconds: Seconds = Field(5.0, description=SECONDS)
+    seconds: SecondsOrNull = Field(5.0, description=f"{SECONDS}, or null for a video that goes on until it is ended")
+    lead_seconds: SecondsOrNull = Field(None, description=SECONDS)
     size: str | None = Field(None, description="WIDTHxHEIGHT in pixels, as text")
     seed: int = Field(42, description=SEED)
     fps: int = Field(NATIVE_FPS, description="a whole number from 8 to 60")
@@ -200,7 +202,7 @@ class ForkVideo(Fields):
     prompt: str | None = Field(None, description=PROMPT)
     transition_chunks: int = Field(TRANSITION_CHUNKS, description=TRANSITION)
     seed: int | None = Field(None, description=SEED)
-    seconds: Annotated[float | None, BeforeValidator(_number_in_text)] = Field(None, description=SECONDS)
+    seconds: SecondsOrNull = Field(None, description=SECONDS)
 
 
 class RemixVideo(Fields):
@@ -240,19 +242,20 @@ def video_object(status: VideoStatus, card: ModelCard | None) -> dict[str, Any]:
         "model": spec.model,
         "status": status.status,
         "queue_position": status.queue_position,
-        "progress": 100 * usage.chunks // spec.chunks,
+        "paused": status.paused,
+        "progress": 0 if spec.open_ended else 100 * usage.chunks // spec.chunks,
         "created_at": int(status.created_at),
         "completed_at": None if status.completed_at is None else int(status.completed_at),
         "expires_at": None,
         "size": f"{spec.width}x{spec.height}",
-        "seconds": str(spec.seconds).removesuffix(".0"),
+        "seconds": None if spec.open_ended else str(spec.seconds).removesuffix(".0"),
         "prompt": spec.prompt,
         "remixed_from_video_id": origin.video_id if origin and origin.how == "remix" else None,
         "error": None if status.error is None else status.error.model_dump(),
         "seed": spec.seed,
         "reseeds": [{"chunk": chunk, "seed": seed} for chunk, seed in spec.reseeds],
         "fps": spec.fps,
-        "frames": spec.frames,
+        "frames": None if spec.open_ended else spec.frames,
         "task": spec.task,
         "steps": list(spec.steps),
         "amplify_first_chunk": spec.amplify_first_chunk,
@@ -316,6 +319,7 @@ def model_object(card: ModelCard, config: AppConfig) -> dict[str, Any]:
             "side": limits.max_side,
             "pixels": limits.max_pixels,
             "seconds": limits.max_seconds,
+            "open_seconds": limits.max_open_seconds,
             "prompt_bytes": limits.max_prompt_bytes,
             "prompts": limits.max_prompts,
             "transition_chunks": limits.max_transition_chunks,

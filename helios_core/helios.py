@@ -84,7 +84,7 @@ class Helios:
         image: Input | None = None,
         video: Input | None = None,
         size: str | None = None,
-        seconds: float = 5.0,
+        seconds: float | None = 5.0,
         seed: int = 42,
         preset: str | None = None,
         steps: tuple[int, ...] | None = None,
@@ -98,7 +98,8 @@ class Helios:
         """Yields the chunks of one video as they are made; together exactly round(seconds * fps) frames.
 
         `image` or `video`: what it begins with, as a file or as uint8 RGB of the video's size, [H, W, 3] or
-        [T, H, W, 3] at 24 fps; `size`: "WIDTHxHEIGHT" in pixels; `steps`: solver steps per stage, or `preset` by name;
+        [T, H, W, 3] at 24 fps; `size`: "WIDTHxHEIGHT" in pixels; `seconds`: None goes on until
+        nobody asks for more; `steps`: solver steps per stage, or `preset` by name;
         `prompts`: changes of the prompt on the way. None everywhere means the model's own choice. Raises InvalidInput
         at the call, before anything is computed.
         """

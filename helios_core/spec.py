@@ -25,6 +25,7 @@ class Limits:
     max_side: int = 1920
     max_pixels: int = 1280 * 768
     max_seconds: float = 600.0
+    max_open_seconds: float = 3600.0  # of an open-ended video
     max_prompt_bytes: int = 8192
     max_steps_per_stage: int = 50
     max_prompts: int = 64
@@ -88,7 +89,7 @@ class VideoSpec:
 
     Sizes in pixels; `steps`: solver steps per stage; `negative_prompt`: of use only if `guidance_scale` is above 1;
     `prompts`: changes of the prompt, in order; `reseeds`: (chunk, seed) of each chunk from which on another seed gives
-    the noise, in order.
+    the noise, in order; `open_ended`: it may end after any chunk, and `seconds` is only how long it can become.
     """
 
     prompt: str
@@ -105,6 +106,7 @@ class VideoSpec:
     negative_prompt: str = ""
     prompts: tuple[PromptChange, ...] = ()
     reseeds: tuple[tuple[int, int], ...] = ()
+    open_ended: bool = False
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -149,6 +151,12 @@ class VideoSpec:
             in_force = {text: (1 - share) * weight for text, weight in in_force.items()}
             in_force[change.prompt] = in_force.get(change.prompt, 0.0) + share
         return tuple(in_force.items())
+
+    def ended_after(self, chunks: int) -> VideoSpec:
+        """This open-ended video, now that it has ended after so many chunks, at least one: one of just that length."""
+        frames = min(chunks * CHUNK_FRAMES, self.frames)
+        prompts = tuple(change for change in self.prompts if change.chunk < chunks)
+        return dataclasses.replace(self, seconds=frames / self.fps, prompts=prompts, open_ended=False)
 
     def changed(self, *changes: PromptChange) -> VideoSpec:
         """This video with changes of the prompt, each in place of one at its very chunk."""
@@ -227,11 +235,12 @@ class PromptAt:
 
 @dataclass(frozen=True)
 class VideoRequest:
-    """What a caller may say; None means "the model's own choice". `check` turns it into a VideoSpec."""
+    """What a caller may say; None means "the model's own choice", and for `seconds` a video that goes on until somebody
+    ends it. `check` turns it into a VideoSpec."""
 
     prompt: str
     size: str | None = None
-    seconds: float = 5.0
+    seconds: float | None = 5.0
     seed: int = 42
     preset: str | None = None
     steps: tuple[int, ...] | None = None
@@ -254,7 +263,8 @@ class VideoRequest:
         check_prompt("prompt", self.prompt, self.limits)
         if not 8 <= self.fps <= 60:
             raise InvalidInput("fps", self.fps, "a whole number from 8 to 60")
-        check_seconds(self.seconds, self.fps, self.limits)
+        if self.seconds is not None:
+            check_seconds(self.seconds, self.fps, self.limits)
         check_seed(self.seed)
         amplify = self.amplify_first_chunk
         if amplify and not card.variant.amplifies_first_chunk:
@@ -265,7 +275,7 @@ class VideoRequest:
             model=card.id,
             width=width,
             height=height,
-            seconds=self.seconds,
+            seconds=self.limits.max_open_seconds if self.seconds is None else self.seconds,
             seed=self.seed,
             steps=self._check_steps(card),
             amplify_first_chunk=card.variant.amplifies_first_chunk if amplify is None else amplify,
@@ -273,6 +283,7 @@ class VideoRequest:
             task=self.task,
             guidance_scale=guidance_scale,
             negative_prompt=self.negative_prompt or "",
+            open_ended=self.seconds is None,
         )
         return spec.changed(*self._check_prompts(spec))
 
@@ -338,6 +349,12 @@ def check_seconds(seconds: float, fps: int, limits: Limits) -> None:
     """Raises InvalidInput unless a video may be this long."""
     if not 1 / fps <= seconds <= limits.max_seconds:  # also refuses NaN
         raise InvalidInput("seconds", seconds, f"a number from 1/{fps} (one frame) to {limits.max_seconds:g}")
+
+
+def check_lead(lead_seconds: float | None, limits: Limits) -> None:
+    """Raises InvalidInput unless a video may be made so far ahead of its playback."""
+    if lead_seconds is not None and not 0 <= lead_seconds <= limits.max_seconds:  # also refuses NaN
+        raise InvalidInput("lead_seconds", lead_seconds, f"a number from 0 to {limits.max_seconds:g}")
 
 
 def check_seed(seed: int) -> None:

@@ -416,10 +416,8 @@ async def only_video(service: LocalService) -> str:
 
 
 @pytest.mark.parametrize("point", ["sample 0", "sample 2"])
-async def test_leaving_a_stream_cancels_its_video(
-    service: LocalService, point: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("deployments.director.UNWATCHED_S", 3600)  # it is the leaving that cancels
+async def test_leaving_a_stream_cancels_its_video(service: LocalService, point: str) -> None:
+    service.director._unwatched_s = 3600.0  # it is the leaving that cancels
     gate = service.graph.gate(point)
     streaming = asyncio.create_task(service.http.post("/v1/videos/stream", json=BODY))
     await gate.reached.wait()
@@ -429,11 +427,9 @@ async def test_leaving_a_stream_cancels_its_video(
     assert (await ended(service, video_id)).status == "cancelled"
 
 
-async def test_a_stream_whose_client_hangs_up_is_cancelled(
-    service: LocalService, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_stream_whose_client_hangs_up_is_cancelled(service: LocalService) -> None:
     """The body waits to be sent, not for news, when the connection breaks."""
-    monkeypatch.setattr("deployments.director.UNWATCHED_S", 3600)
+    service.director._unwatched_s = 3600.0
     service.graph.gate("sample 2")
 
     async def app(scope: Any, receive: Any, send: Any) -> None:

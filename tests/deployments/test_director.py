@@ -304,8 +304,8 @@ async def test_news_come_at_once_or_not_at_all(rig: Rig, monkeypatch: pytest.Mon
     assert (news.status, news.init, news.chunks) == ("completed", record.init, record.chunks[1:])
 
 
-async def test_a_video_made_for_its_watchers_ends_when_none_comes(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deployments.director.UNWATCHED_S", 0.0)
+async def test_a_video_made_for_its_watchers_ends_when_none_comes(rig: Rig) -> None:
+    rig.director._unwatched_s = 0.0
     rig.graph.gate("sample 0")
     asked = request().model_copy(update={"while_watched": True})
     await rig.director.create(asked)
@@ -313,11 +313,11 @@ async def test_a_video_made_for_its_watchers_ends_when_none_comes(rig: Rig, monk
     assert (await rig.ended(asked.id)).status == "cancelled"
 
 
-async def test_a_video_made_for_its_watchers_ends_after_the_last_one(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_video_made_for_its_watchers_ends_after_the_last_one(rig: Rig) -> None:
     gate = rig.graph.gate("sample 1")
     asked = request().model_copy(update={"while_watched": True})
     await rig.director.create(asked)
-    monkeypatch.setattr("deployments.director.UNWATCHED_S", 0.0)
+    rig.director._unwatched_s = 0.0
     watching = [asyncio.ensure_future(rig.watched(asked.id)) for _ in range(2)]
     await asyncio.gather(gate.reached.wait(), rig.director.news(asked.id, 0))
     watching[0].cancel()
