@@ -313,13 +313,17 @@ class Maker:
                 self._metrics.retried(lost.part, _reason(lost))
                 await asyncio.sleep(pause)
 
-    async def _begin(self, video: RunningVideo, chunks: int) -> None:
-        """From here on the texts of the first `chunks` chunks are fixed, for every attempt at them."""
+    async def _begin(self, video: RunningVideo, chunks: int) -> bool:
+        """From here on the texts of the first `chunks` chunks are fixed, for every attempt at them; unless the video is
+        paused: then nothing begins."""
         async with video.writing:
+            if video.record.paused:
+                return False
             video.issued = max(video.issued, chunks)
             if video.record.status == "queued":
                 video.update(video.record.model_copy(update={"status": "in_progress"}))
                 event(logger, "started", video.request)
+        return True
 
     async def _sample(
         self, video: RunningVideo, chunk: Span, index: int, state: Ref | None
@@ -338,12 +342,11 @@ class Maker:
                 await self._wanted(video, index)
                 asked = time.time_ns()
                 async with self._turns[spec.model].turn(video.request.id, again=number > 0):
-                    if video.record.paused:
-                        continue  # since it asked: another video may have the turn
                     now = time.time_ns()
                     self._tracer.start("wait", call.traceparent, start_time=asked).end(now)
                     self._metrics.waited((now - asked) / 1e9)
-                    await self._begin(video, index + 1)
+                    if not await self._begin(video, index + 1):
+                        continue  # paused since it asked: another video may have the turn
                     mix = dict(video.record.spec.mix_of_chunk(index))
                     texts = [video.texts[prompt] for prompt in [*mix, *negative]]
                     with self._losses(video, "sampler", "sample", call):

@@ -172,7 +172,7 @@ class VideoSpec:
         """
         check_seconds(seconds, self.fps, limits)
         if self.seconds + seconds > limits.max_seconds:
-            most = limits.max_seconds - self.seconds
+            most = max(0.0, limits.max_seconds - self.seconds)
             raise InvalidInput("seconds", seconds, f"at most {most:g} more, which makes {limits.max_seconds:g} in all")
         longer = dataclasses.replace(self, seconds=self.seconds + seconds)
         if prompt is not None and longer.chunks <= chunks:

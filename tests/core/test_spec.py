@@ -292,6 +292,17 @@ def test_bad_schedules(schedule: tuple[PromptAt, ...], words: list[str]) -> None
 SEA = video(4, PromptChange(1, "b"), PromptChange(3, "c"), seed=5)
 
 
+def test_an_open_ended_video_gets_its_length_when_it_ends() -> None:
+    spec = check(seconds=None, fps=30, prompts=(PromptAt(5.5, "a hill"), PromptAt(3000, "a lake")))
+    assert (spec.open_ended, spec.seconds, spec.chunks) == (True, 3600.0, 3273)
+    over = spec.ended_after(6)
+    assert (over.open_ended, over.frames, over.chunks) == (False, 6 * 33, 6)
+    assert [change.prompt for change in over.prompts] == ["a hill"]
+    assert over == replace(check(seconds=6.6, fps=30), prompts=over.prompts)
+    assert spec.ended_after(3273).frames == 3600 * 30  # the last chunk is cut
+    assert refusal(seconds=None, fps=7).field == "fps"
+
+
 def test_extend() -> None:
     longer = SEA.extend(1.375, 4, None, 3, Limits())
     assert longer == replace(SEA, seconds=6.875)

@@ -24,7 +24,7 @@ from tests.deployments.test_content import ended, get, stored
 from tests.deployments.test_continuing import BODY, essence, fresh, post, show, told
 from tests.deployments.test_director import PROMPT, Gate, Rig, request
 from tests.deployments.test_prompts import DESERT, FOREST, changed, one_sampler
-from tests.deployments.test_races import NONE, TRACER, RacingGraph, Video, World, undisturbed
+from tests.deployments.test_races import NONE, Video, World, undisturbed
 from tests.deployments.virtual_time import run_in_virtual_time
 
 CHUNK = CHUNK_FRAMES / 24  # seconds
@@ -79,7 +79,9 @@ class LiveWorld(World):
         asyncio.get_running_loop().call_soon(step)
 
     async def started(self) -> Director:
-        return await Director.start(RacingGraph(self), self.store, TRACER)
+        asyncio.get_running_loop().set_default_executor(self.store._threads)
+        self.director = await self.next_director()
+        return self.director
 
 
 class Viewer:

@@ -211,7 +211,8 @@ class World:
                 created_at=1.0,
                 spec=spec,
                 traceparent=TRACEPARENT,
-                while_watched=draw.random() < 0.3,
+                while_watched=(watched := draw.random() < 0.3),
+                lead_seconds=draw.choice((None, 0.0, 2.0)) if watched else None,
             ),
             self.drawn_trouble(chunks),
         )
@@ -288,6 +289,7 @@ class World:
                 (self.watch_from_somewhere, 0.6),
                 (self.watch_and_leave, 0.7 if video.request.while_watched else 0.2),
                 (self.change, 0.4),
+                (self.hold_up, 0.2),
             )
             for action, likely in actions:
                 while draw.random() < likely:
@@ -412,6 +414,29 @@ class World:
             self.check(video.trouble.replica_lost + video.trouble.input_lost > 0, f"{video.id} lost a text")
         except MediaError:
             self.check(video.trouble.fails_at > 0, f"{video.id} failed its change")
+
+    async def hold_up(self, video: Video) -> None:
+        """Pauses a video, and resumes it after a while, whatever that takes."""
+        created = video.created
+        for paused in (True, False):
+            await self.pause(6)
+            while True:
+                if paused:
+                    self.note("paused", video)
+                try:
+                    status = await (self.director.pause if paused else self.director.resume)(video.id)
+                except StoreUnavailable:
+                    self.check(video.store_failed, f"{video.id}: the store failed its pause")
+                    continue
+                except NotPossible:
+                    running = self.running(video)
+                    self.check(running is None or running.ending or running.cancelled, f"{video.id} refused a pause")
+                    return
+                except NoSuchVideo:
+                    self.check(not created or video.deletions > 0, f"{video.id} is not there")
+                    return
+                self.check(status.paused == paused or status.ended, f"{video.id}: the answer is {status.paused}")
+                break
 
     async def watch_from_somewhere(self, video: Video) -> None:
         await self.watch(video, self.random.choice((0, 0, 1, 2, 5)))
@@ -806,6 +831,10 @@ class RacingGraph:
         self, call: Call, spec: VideoSpec, index: int, weights: tuple[float, ...], state: Any, *texts: Any
     ) -> tuple[State, SampleReport]:
         async def work() -> tuple[State, SampleReport]:
+            running = self.world.running(self.world.videos[call.video_id])
+            self.world.check(
+                running is None or not running.record.paused, f"{call.video_id} goes on while it is paused"
+            )
             await self._point(call)
             if isinstance(state, StoredObject):
                 self.world.saw("a chunk is made from a stored state")
@@ -916,9 +945,11 @@ RACES = {
     "a fragment is made from a stored state": 2,
     "the store failed a copy": 3,
     "the source was deleted meanwhile": 1,
-    **{how: 5 for how in ("extend", "fork", "remix")},
+    **{how: 3 for how in ("extend", "fork", "remix")},
     **{f"changed while {part} is under way": 2 for part in PARTS},
     "changed while it waits for its turn": 5,
+    **{f"paused while {part} is under way": 2 for part in PARTS},
+    "paused while it waits for its turn": 3,
     "a change was made": 50,
     "a change came too late": 5,
     **{f"{loss} in {part}": 10 for loss in ("ReplicaLost", "InputLost") for part in ("encode", "sample", "render")},
@@ -980,7 +1011,7 @@ class BothAtOnce(RacingGraph):
 def test_an_error_of_ours_is_told_though_an_input_was_lost_at_the_same_moment(tmp_path: Path) -> None:
     async def test() -> None:
         world = World(1, tmp_path)
-        director = await Director.start(BothAtOnce(world), world.store, TRACER)
+        world.director = director = await Director.start(BothAtOnce(world), world.store, TRACER)
         video = next(video for video in world.videos.values() if video.request.spec.chunks > 1)
         video.trouble = NONE
         await director.create(video.request)

@@ -48,7 +48,7 @@ def http(url: str) -> Iterator[httpx.Client]:
 @pytest.mark.parametrize("command", CURLS, ids=lambda command: command.partition("\n")[0][:80])
 def test_what_it_does_with_curl(url: str, http: httpx.Client, folder: Path, command: str) -> None:
     """One example per task, as it stands there, but for the port."""
-    long = "/prompt" in command  # it wants a video that is being made
+    long = re.search("/(prompt|pause|resume|cancel)", command) is not None  # it wants a video that is being made
     body = {"prompt": "a red sun over a blue sea", "seconds": 600 if long else 2, "preset": "realtime"}
     asked = http.post("/v1/videos", json=body).json()
     if not long:
@@ -64,7 +64,7 @@ def test_what_it_does_with_curl(url: str, http: httpx.Client, folder: Path, comm
             assert sum(1 for _ in video.decode(video=0)) == 24 * int(re.findall(r'seconds"?[=:] ?(\d+)', command)[0])
     else:
         answer = json.loads(run.stdout)
-        assert answer["object"] == ("video.prompt" if long else "video")
+        assert answer["object"] == ("video.prompt" if "/prompt" in command else "video")
         http.delete(f"/v1/videos/{answer['id']}")
 
 
