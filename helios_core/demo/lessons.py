@@ -40,15 +40,18 @@ CHUNKS = 4  # of a track: with motions of 1, 2 or 4 chunks a period all that the
 OPEN = 0.07  # share of the tracks for each of shape, ground and motion that leave it open
 TURNING = 0.2  # share of the tracks that turn to another shape, ground or motion
 ANYWHERE = 0.5  # share of the tracks that start anywhere, as an input picture may; the others where a seed puts them
+ANCHORS = 6  # pictures of each steady track, from any time: a clip begins when it likes
 TURNS = {"shape": TAUGHT_SHAPES, "ground": GROUNDS, "motion": TAUGHT_MOTIONS}  # to what a track may turn
 
 # How a chunk stands in its video, with its share of the lessons.
 KINDS = {"first": 0.4, "second": 0.12, "later": 0.26, "after a picture": 0.14, "second after a picture": 0.08}
-CLIP = 0.25  # share of the second and later chunks whose past is an input video
+CLIP = 0.35  # share of the second and later chunks whose past is an input video
 OLD_INPUT = 0.15  # share of the later chunks of which only the anchor is from an input
 PAST_NOISE = 0.14  # most noise (deviation) on every other history, so that a video's small errors do not add up
 RECOLOURED = 0.25  # share of the chunks with a past whose prompt has new colours, or whose anchor had others
-HIDING = 0.6  # share of the prompts that leave open what the past shows
+HIDING = 0.5  # share of the prompts that leave open what the past shows
+UNTOLD = 0.6  # share of the prompts that leave open the motion that the past shows
+NO_MOTION = -1
 OWN_COLOURS = ("object_colour", "ground_colour")  # those that a noun bears
 ALL_COLOURS = (*OWN_COLOURS, "sky_colour")
 OBJECT = slice(6, 9)  # of the parts: those of the third mask
@@ -103,7 +106,8 @@ class Lesson(NamedTuple):
     """A batch of chunks.
 
     `latents` [B, K, 9, h, w]: the chunk as it should be; `anchor` [B, K, 1, h, w] and `history` [B, K, 19, h, w]: its
-    past; `noise` [B, K, 9, h, w]; `weight` [B, 1, 9, h, w]: how much each place counts.
+    past; `noise` [B, K, 9, h, w]; `weight` [B, 1, 9, h, w]: how much each place counts; `motion` [B]: what the past
+    shows, a number in TAUGHT_MOTIONS, or NO_MOTION.
     """
 
     latents: Tensor
@@ -111,16 +115,17 @@ class Lesson(NamedTuple):
     history: Tensor
     noise: Tensor
     weight: Tensor
+    motion: Tensor
     prompts: list[Prompt]
 
 
-Example = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Prompt]  # what a Lesson has, of one chunk
+Example = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Prompt]  # what a Lesson has, of one chunk
 
 
 class Lessons:
     """Draws lessons without end from `tracks` tracks and from the first chunks of `firsts` more.
 
-    They take 1.8 and 0.45 MB each. `ripe`: whether prompts may also be mixed, or leave open what the past shows; that
+    They take 2.1 and 0.45 MB each. `ripe`: whether prompts may also be mixed, or leave open what the past shows; that
     is easier to learn for who knows the words.
     """
 
@@ -133,6 +138,7 @@ class Lessons:
         self.firsts = [Track.draw(self.rng, anywhere=False) for _ in range(firsts)]
         self.parts_NJPKThw = self._render(self.tracks, CHUNKS)
         self.first_parts_NJPKThw = self._render(self.firsts, 1)
+        self.anchor_parts_N = [self._render_anchors(track) if track.steady else None for track in self.tracks]
 
     def _render(self, tracks: list[Track], chunks: int) -> Tensor:
         latents = (codec.CHANNELS, CHUNK_LATENTS, codec.SIZE[1] // codec.SPACE, codec.SIZE[0] // codec.SPACE)
@@ -142,6 +148,13 @@ class Lessons:
                 film = masks(scene.shape, scene.ground, chunk, codec.SIZE, track.first)
                 part.copy_(self.linear.terms(film))
         return parts_NJPKThw
+
+    def _render_anchors(self, track: Track) -> Tensor:
+        """Single pictures of a steady track: [ANCHORS, P, K, 1, h, w]."""
+        scene, film = track.scenes[0], [pose for _, chunk in track.chunks() for pose in chunk]
+        times = [self.rng.randrange(len(film)) for _ in range(ANCHORS)]
+        pictures = [masks(scene.shape, scene.ground, [film[t]], codec.SIZE, track.first + t) for t in times]
+        return torch.stack([self.linear.terms(picture) for picture in pictures]).half()
 
     def draw(self, batch: int) -> Lesson:
         return _batch([self._draw_one() for _ in range(batch)])
@@ -176,14 +189,15 @@ class Lessons:
         else:
             j = self.rng.choice(range(CHUNKS) if kind == "after a picture" else range(1, CHUNKS))
             past = [] if kind == "after a picture" else [parts_JPKThw[j - 1]]
-        scene = painted(track.scenes[j], self.rng)
+        scene, motion = painted(track.scenes[j], self.rng), NO_MOTION
         if kind == "after a picture":
             # A picture shows all but the motion.
-            hues, prompt = _unchanging(scene), [(self._text(self._hinted(scene, motion=True)), 1.0)]
+            hues, prompt = _unchanging(scene), [(self._text(self._hinted(scene, still=True)), 1.0)]
             frame = self._coloured(parts_JPKThw[j, :, :, :1], hues(0))
             anchor, frames = self._as_input(frame), self._as_input(frame)
         else:
             before = track.scenes[j - 1]
+            motion = list(TAUGHT_MOTIONS).index(before.motion or "still")
             before = replace(scene, shape=before.shape, ground=before.ground, motion=before.motion)
             hues, prompt = self._going_on(before, scene)
             frames = torch.cat([self._coloured(each, hues(len(past) - k)) for k, each in enumerate(past)], dim=1)
@@ -195,6 +209,8 @@ class Lessons:
                 first = colours(random_scene(self.rng)) if self.rng.random() < RECOLOURED else hues(TRANSITION_CHUNKS)
                 anchor = self._coloured(parts_JPKThw[self.rng.randrange(CHUNKS), :, :, :1], first)
             if kind in ("second", "later") and self.rng.random() < CLIP:
+                if (pictures := self.anchor_parts_N[i]) is not None:
+                    anchor = self._coloured(pictures[self.rng.randrange(ANCHORS)], hues(TRANSITION_CHUNKS))
                 anchor, frames = self._as_input(anchor), self._as_input(frames)
             elif kind == "later" and self.rng.random() < OLD_INPUT:
                 anchor = self._as_input(anchor)
@@ -203,7 +219,7 @@ class Lessons:
             anchor, frames = anchor + deviation * self._noise(anchor), frames + deviation * self._noise(frames)
         latents = self._coloured(parts_JPKThw[j], hues(0))
         weight = self._weight(parts_JPKThw[j])
-        return latents, anchor, as_history(frames), self._noise(latents), weight, prompt
+        return latents, anchor, as_history(frames), self._noise(latents), weight, torch.tensor(motion), prompt
 
     def _first(self) -> Example:
         """The first chunk of a video, of which the prompt says all that is not left to the world."""
@@ -220,6 +236,7 @@ class Lessons:
             as_history(nothing[:, :0]),
             noise,
             self._weight(parts_PKThw),
+            torch.tensor(NO_MOTION),
             [(self._text(scene), 1.0)],
         )
 
@@ -232,7 +249,7 @@ class Lessons:
         rng = self.rng
         turned, recoloured = before != scene, rng.random() < RECOLOURED
         if not turned and not recoloured:
-            return _unchanging(scene), [(self._text(self._hinted(scene, motion=False)), 1.0)]
+            return _unchanging(scene), [(self._text(self._hinted(scene, still=False)), 1.0)]
         said = painted(scene, rng) if recoloured else scene
         old, new = colours(before), colours(replace(before, **said.named))
         at_once = not self.ripe or rng.random() < 0.4
@@ -248,16 +265,18 @@ class Lessons:
             return hues, [(self._text(said), 1.0)]
         return hues, [(self._text(before), 1 - thirds / 3), (self._text(said), thirds / 3)]
 
-    def _hinted(self, scene: Scene, motion: bool) -> Scene:
-        """What a prompt may say of a scene that the past shows, its motion in any case if `motion`."""
+    def _hinted(self, scene: Scene, still: bool) -> Scene:
+        """What a prompt may say of a scene that the past shows. `still`: the past does not show how it moves, so that
+        must be said."""
         rng = self.rng
-        if not self.ripe or rng.random() > HIDING:
+        if not self.ripe:
             return scene
-        # Of the motion most often: with no past a prompt without one means a thing that is still, and here it does not.
-        unmoved = replace(scene, motion=None)
-        uncoloured = replace(scene, **dict.fromkeys(ALL_COLOURS))
-        hinted = rng.choice((unmoved, unmoved, unmoved, uncoloured, opened(scene, rng), Scene()))
-        return replace(hinted, motion=scene.motion) if motion else hinted
+        hinted = scene
+        if rng.random() < HIDING:
+            uncoloured = replace(scene, **dict.fromkeys(ALL_COLOURS))
+            hinted = rng.choice((uncoloured, opened(scene, rng), Scene()))
+        untold = not still and rng.random() < UNTOLD
+        return replace(hinted, motion=None if untold else scene.motion)
 
     def _as_input(self, latents_KThw: Tensor) -> Tensor:
         """Some noise mixed in, as helios_core.conditioning does with an input picture or video."""
@@ -272,8 +291,8 @@ def _unchanging(scene: Scene) -> Hues:
 
 def _batch(examples: Sequence[Example]) -> Lesson:
     *tensors, prompts = zip(*examples, strict=True)
-    latents, anchor, history, noise, weight = (torch.stack(each) for each in tensors)
-    return Lesson(latents, anchor, history, noise, weight, list(prompts))
+    latents, anchor, history, noise, weight, motion = (torch.stack(each) for each in tensors)
+    return Lesson(latents, anchor, history, noise, weight, motion, list(prompts))
 
 
 def as_history(frames_KThw: Tensor) -> Tensor:

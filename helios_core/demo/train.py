@@ -42,9 +42,9 @@ from helios_core.vae.model import WanVae
 
 FILMS = 300  # of a chunk each, to find the linear code from
 TRACKS, FIRSTS = 800, 2400  # geometries: of four chunks, and of a first chunk alone
-TRANSFORMER_STEPS = 3200
-ALONE_FROM = 2000  # the step from which the transformer has both cores: the VAE is waited for there
-DECODER_STEPS, ENCODER_STEPS = 2000, 900
+TRANSFORMER_STEPS = 4000
+ALONE_FROM = 2600  # the step from which the transformer has both cores: the VAE is waited for there
+DECODER_STEPS, ENCODER_STEPS = 2000, 2400
 SHEET = 8  # videos on the sheet of pictures
 EVERY = 50  # steps over which the report's losses are means
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import random
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +11,9 @@ import torch
 from helios_core.config import CHUNK_FRAMES
 from helios_core.demo import codec, train_transformer, world
 from helios_core.demo.codec import LinearCodec
-from helios_core.demo.lessons import Track, as_history, seed_of, steered
+from helios_core.demo.lessons import NO_MOTION, Lessons, Track, as_history, seed_of, steered
 from helios_core.demo.train_transformer import STAGES, TRANSFORMER, Student, Training, text_config
-from helios_core.demo.words import random_scene
+from helios_core.demo.words import TAUGHT_MOTIONS, random_scene
 from helios_core.sampling.chunk import ChunkSampler
 from helios_core.sampling.guidance import CLASSIFIER_FREE
 from helios_core.sampling.noise import chunk_noise
@@ -127,8 +127,21 @@ def test_a_lesson_asks_what_sampling_asks(linear: LinearCodec, monkeypatch: pyte
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
-def test_a_few_steps_teach_something(linear: LinearCodec, tmp_path: Path) -> None:
-    training = Training(linear, steps=8, tracks=8, firsts=8)
-    losses = [progress.losses["stage 0"] for progress in training.run()]
-    assert min(losses[4:]) < losses[0]
+def test_a_few_steps_teach_something(linear: LinearCodec) -> None:
+    """The same few chunks again and again, which need not be enough for others."""
+    training = Training(linear, steps=12, tracks=8, firsts=8)
+    training.lessons.draw = functools.cache(training.lessons.draw)  # type: ignore[method-assign]
+    told = [progress.losses for progress in training.run()]
+    for name in ("stage 0", "motion of the past"):
+        losses = [each[name] for each in told]
+        assert losses[-1] < losses[0], name
     assert text_config(training.average.tokenizer).vocab_size == training.average.tokenizer.get_vocab_size()
+
+
+def test_a_lesson_tells_the_motion_of_its_past(linear: LinearCodec) -> None:
+    """Of a clip's or a video's, not of a picture's, which shows none."""
+    lessons = Lessons(linear, tracks=8, firsts=2, seed=0)
+    lesson = lessons.draw(100)
+    nothing = lesson.history[:, :, -9:-1].abs().amax((1, 2, 3, 4)) == 0  # a picture is one frame
+    assert torch.equal(lesson.motion == NO_MOTION, nothing)
+    assert lesson.motion.max() < len(TAUGHT_MOTIONS)
