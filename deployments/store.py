@@ -76,7 +76,6 @@ THREADS = 32  # operations under way at once; more wait. Threads are made as the
 
 # Enough to ride out one lost connection. How long a video may wait for its store is decided by the callers.
 RETRIES = {"max_retries": 3, "retry_timeout": timedelta(seconds=10)}
-CLIENT = {"timeout": timedelta(seconds=20)}  # of one request: a server that hangs is one that is away
 TRY_AGAIN_S = 1.0  # a patient store tries again so long after a failure
 NO_ROOM = re.compile(r"os error (28|122)\b|StorageFull|507 Insufficient Storage")  # ENOSPC, EDQUOT, MinIO's, HTTP's
 
@@ -169,17 +168,25 @@ class Claim(Record):
 
 @dataclass
 class Health:
-    """Of a store as one process sees it. `away`: its last operation failed."""
+    """Of a store as one process sees it. `failing`: its last operation failed; `full`: so did the last one that needed
+    room, for want of it. A full store can be read all the while."""
 
-    away: bool = False
+    failing: bool = False
+    full: bool = False
+
+    @property
+    def away(self) -> bool:
+        return self.failing or self.full
 
 
 class Store:
     """Objects below `url`: a folder (a path or file://, made if it is missing) or s3://, gs://, az://.
 
-    Credentials and endpoints come from the cloud's usual environment variables. A Store travels between processes as
-    its URL. Every method raises StoreUnavailable if the store cannot be reached, StoreFull if it has no room, and those
-    that take a video's id raise InvalidInput for a text that is not one, before it becomes part of a key.
+    Credentials, endpoints and the HTTP client's options come from the cloud's usual environment variables: for S3
+    AWS_ENDPOINT, AWS_ALLOW_HTTP, and AWS_TIMEOUT, after which a server that hangs is one that is away (30s, unless it
+    says otherwise). A Store travels between processes as its URL. Every method raises StoreUnavailable if the store
+    cannot be reached, StoreFull if it has no room, and those that take a video's id raise InvalidInput for a text that
+    is not one, before it becomes part of a key.
     """
 
     def __init__(self, url: str, patience_s: float = 0.0) -> None:
@@ -201,7 +208,7 @@ class Store:
             self._objects = (
                 LocalStore(self.folder, mkdir=True)
                 if self.folder
-                else from_url(url, retry_config=RETRIES, client_options=CLIENT)
+                else from_url(url, retry_config=RETRIES)  # client_options would displace those of the environment
             )
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="store")
 
@@ -455,9 +462,12 @@ class Store:
         The request goes first and the active marker, set for the purpose, last: an active video without a request is a
         deletion that was interrupted, to be called again.
         """
+        # A look comes first: a store that does not answer is sent no marker, which might arrive long after it was given
+        # up and make a refused request an accepted one.
+        found = await self.objects(video_id)
         await self.prepare(video_id)
-        await self._delete([f"videos/{video_id}/request.json"])
-        await self._delete([item.key for item in await self.objects(video_id)])
+        await self._delete([item.key for item in found if item.kind == "request"])
+        await self._delete([item.key for item in found if item.kind != "request"])
         if self.folder is not None:
             # Empty folders, and what a killed writer left half written. obstore's own cleaning up races with puts.
             await asyncio.to_thread(shutil.rmtree, self.folder / "videos" / video_id, ignore_errors=True)
@@ -479,14 +489,17 @@ class Store:
         with self._errors():
             # One request: a multipart upload that is broken off would leave its parts in the bucket.
             await self._run(obstore.put, key, data, mode=mode, use_multipart=False)
+        if data:  # an empty object goes into a full folder, too
+            self.health.full = False
         return StoredObject(key=key, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
     async def _delete(self, keys: list[str]) -> None:
         with self._errors():
             try:
                 await self._run(obstore.delete, keys)
-            except FileNotFoundError:
-                return  # gone already: a folder says so, S3 does not
+            except FileNotFoundError:  # one is gone already. A folder says so, and keeps those after it; S3 does not
+                for key in keys if len(keys) > 1 else ():
+                    await self._delete([key])
 
     async def _names(self, folder: str) -> list[str]:
         """The names of the objects directly in a folder, in no order."""
@@ -502,17 +515,18 @@ class Store:
             try:
                 done = await self._run_once(operation, *args, **options)
             except (AlreadyExistsError, FileNotFoundError):
-                self.health.away = False  # an answer, too
+                self.health.failing = False  # an answer, too
                 raise
             except (BaseError, OSError) as error:
                 if not self.health.away:
                     logger.warning("store away: %s: %s", self.url, _first_line(error))
-                self.health.away = True
+                self.health.failing = True
+                self.health.full = self.health.full or _no_room(error)
                 if clock() >= deadline:
                     raise
                 await asyncio.sleep(TRY_AGAIN_S)
             else:
-                self.health.away = False
+                self.health.failing = False
                 return done
 
     async def _run_once(self, operation: Callable[..., R], *args: object, **options: object) -> R:
@@ -535,8 +549,12 @@ class Store:
         except AlreadyExistsError:
             raise
         except (BaseError, OSError) as error:
-            kind = StoreFull if NO_ROOM.search(str(error)) else StoreUnavailable
+            kind = StoreFull if _no_room(error) else StoreUnavailable
             raise kind(f"{self.url}: {_first_line(error)}") from error
+
+
+def _no_room(error: Exception) -> bool:
+    return NO_ROOM.search(str(error)) is not None
 
 
 def _first_line(error: Exception) -> str:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from deployments.store import Store
 from deployments.tracing import Tracer
 from helios_core.checkpoints import Checkpoint
 from tests.core.media_files import write_samples
+from tests.deployments.s3 import S3Server
 from tests.deployments.test_director import GatedGraph
 
 
@@ -62,14 +63,33 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    server = S3Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of an empty place on an S3 server, which a Store made in this test finds."""
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    return s3_server.new_bucket()
+
+
 @asynccontextmanager
-async def serving(folder: Path, *models: str, keep_all_states: bool = False) -> AsyncIterator[LocalService]:
-    """A service in this process with these models, or with the stand-in alone."""
+async def serving(
+    folder: Path, *models: str, keep_all_states: bool = False, **settings: Any
+) -> AsyncIterator[LocalService]:
+    """A service in this process with these models, or with the stand-in alone. `settings`: others of the configuration;
+    the Director has no patience with its store, unless `store_patience_s` is among them."""
     config = AppConfig(store=str(folder / "store"))
-    config = config.override(models=[{"model": model} for model in models or ("random",)])
+    config = config.override(models=[{"model": model} for model in models or ("random",)], **settings)
     store = ReadStore(config.store)
     graph = GatedGraph(config)
-    director = await Director.start(graph, store, Tracer("director"), keep_all_states=keep_all_states)
+    patience_s = settings.get("store_patience_s", 0.0)
+    director = await Director.start(graph, store, Tracer("director"), patience_s, keep_all_states)
     trace_file = folder / "spans"
     tracer = Tracer("ingress", str(trace_file))
     app = http_app(config, [Checkpoint.open(each.model).card for each in config.models], director, store, tracer)

@@ -1,4 +1,4 @@
-"""The store on a folder: what a Director, a replica and a second service rely on."""
+"""The store, in a folder and on S3: what a Director, a replica and a second service rely on."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import hashlib
 import pickle
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
+import obstore
 import pytest
 
 from deployments.records import (
@@ -20,6 +22,7 @@ from deployments.records import (
     VideoRequestRecord,
 )
 from deployments.store import (
+    CLAIM_HOLDS_S,
     ObjectMissing,
     Store,
     StoreInUse,
@@ -65,8 +68,11 @@ async def render(store: Store, index: int, term: int) -> ChunkRecord:
     )
 
 
-def keys_on_disk(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+def keys(store: Store) -> list[str]:
+    """Of all that lies in a store; in a folder also of what listings hide."""
+    if store.folder is not None:
+        return sorted(str(path.relative_to(store.folder)) for path in store.folder.rglob("*") if path.is_file())
+    return sorted(item["path"] for part in obstore.list(store._objects) for item in part)
 
 
 @pytest.fixture
@@ -74,22 +80,25 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "a folder that does not exist yet" / "helios-data"
 
 
-@pytest.fixture
-def store(folder: Path) -> Store:
-    return Store(str(folder))
+@pytest.fixture(params=["folder", "bucket"])
+def store(request: pytest.FixtureRequest) -> Store:
+    return Store(str(request.getfixturevalue(request.param)))
+
+
+IN_A_FOLDER = pytest.mark.parametrize("store", ["folder"], indirect=True)  # for tests that look into it
 
 
 # What lies where
 
 
-async def test_the_keys_of_a_video_of_two_chunks(store: Store, folder: Path) -> None:
+async def test_the_keys_of_a_video_of_two_chunks(store: Store) -> None:
     term = await store.claim_term()
     await store.accept(request())
     await store.put_text(ID, "5f" * 32, b"embeddings")
     await store.put_init(ID, b"ftyp moov")
     chunks = [await render(store, k, term) for k in range(2)]
     await store.put_record(record(*chunks), term)
-    assert keys_on_disk(folder) == [
+    assert keys(store) == [
         f"active/{ID}",
         "terms/000001",
         f"videos/{ID}/chunks/00000.t1.m4s",
@@ -120,8 +129,8 @@ async def test_ranges_are_read_as_python_slices(store: Store) -> None:
     assert await store.read(key, 8, 100) == b"89"
 
 
-async def test_reading_what_does_not_exist_names_store_and_key(store: Store, folder: Path) -> None:
-    with pytest.raises(ObjectMissing, match=f"{folder}: there is no videos/{ID}/init.mp4"):
+async def test_reading_what_does_not_exist_names_store_and_key(store: Store) -> None:
+    with pytest.raises(ObjectMissing, match=f"{store.url}: there is no videos/{ID}/init.mp4"):
         await store.read(f"videos/{ID}/init.mp4")
 
 
@@ -140,6 +149,7 @@ async def test_a_request_is_stored_and_active_until_it_ends(store: Store) -> Non
     assert await store.request(ID) == request()
 
 
+@IN_A_FOLDER
 async def test_a_request_whose_acceptance_broke_off_is_not_active(store: Store, folder: Path) -> None:
     folder.joinpath("active").write_text("in the way: the marker cannot be written")
     with pytest.raises(StoreUnavailable):
@@ -160,8 +170,8 @@ async def test_videos_are_listed_newest_first_and_active_ones_oldest_first(store
 # Terms and the commit
 
 
-async def test_concurrent_claims_never_get_the_same_term(folder: Path) -> None:
-    stores = [Store(str(folder)), Store(str(folder))]
+async def test_concurrent_claims_never_get_the_same_term(store: Store) -> None:
+    stores = [store, Store(store.url)]
     assert await stores[0].newest_term() == 0
     terms = await asyncio.gather(*(stores[i % 2].claim_term() for i in range(20)))
     assert sorted(terms) == list(range(1, 21))
@@ -191,14 +201,14 @@ async def test_an_old_term_overwrites_no_object_of_a_newer_one(store: Store) -> 
     assert await store.read(newer.state.key) == b"state 1 of term 4"
 
 
-async def test_earlier_states_go_when_a_later_one_is_committed(store: Store, folder: Path) -> None:
+async def test_earlier_states_go_when_a_later_one_is_committed(store: Store) -> None:
     term = await store.claim_term()
     chunks = [await render(store, k, term) for k in range(3)]
     await store.put_state(ID, 4, term, b"rendered, but not committed yet")
     await store.put_state(ID, 1, 7, b"left by another term")
     await store.keep_only_last_state(record(*chunks), term)
-    states = sorted(path.name for path in folder.joinpath(f"videos/{ID}/states").iterdir())
-    assert states == ["00003.t1.safetensors", "00004.t1.safetensors"]
+    states = {f"videos/{ID}/states/0000{seen}.t1.safetensors" for seen in (3, 4)}
+    assert await store.states(ID) == states
     assert await store.read(chunks[0].fragment.key) == b"fragment 0 of term 1"
 
 
@@ -210,7 +220,7 @@ async def test_states_stay_when_a_newer_term_leads(store: Store) -> None:
     assert await store.read(chunks[0].state.key) == b"state 1 of term 1"
 
 
-async def test_an_ended_video_keeps_what_its_record_names(store: Store, folder: Path) -> None:
+async def test_an_ended_video_keeps_what_its_record_names(store: Store) -> None:
     term = await store.claim_term()
     chunks = [await render(store, k, term) for k in range(3)]
     await store.put_fragment(ID, 3, term, b"rendered, and never committed")
@@ -218,7 +228,7 @@ async def test_an_ended_video_keeps_what_its_record_names(store: Store, folder: 
     await store.put_fragment(ID, 1, 7, b"left by another term")
 
     def names(kind: str) -> list[str]:
-        return sorted(path.name for path in folder.joinpath("videos", ID, kind).iterdir())
+        return [Path(key).name for key in keys(store) if f"/{kind}/" in key]
 
     await store.sweep(record(*chunks), term, all_states=True)
     assert names("states") == [f"0000{k}.t1.safetensors" for k in (1, 2, 3)]
@@ -237,7 +247,7 @@ async def test_an_ended_video_keeps_what_its_record_names(store: Store, folder: 
 OTHER = "video_0193f0a1b2c4" + "0123456789abcdef0123"
 
 
-async def test_a_copy_is_the_same_object_under_another_video(store: Store, folder: Path, tmp_path: Path) -> None:
+async def test_a_copy_is_the_same_object_under_another_video(store: Store, tmp_path: Path) -> None:
     """Under the term that copies it, where a name has one."""
     tmp_path.joinpath("upload").write_bytes(b"an image")
     items = {
@@ -256,7 +266,7 @@ async def test_a_copy_is_the_same_object_under_another_video(store: Store, folde
     for item in items:
         data = await store.read(renamed(item, OTHER, 12).key)
         assert (len(data), hashlib.sha256(data).hexdigest()) == (item.bytes, item.sha256)
-    assert keys_on_disk(folder) == sorted(f"videos/{OTHER}/{name}" for name in items.values())
+    assert keys(store) == sorted(f"videos/{OTHER}/{name}" for name in items.values())
 
 
 async def test_a_copy_does_not_change_with_its_source(store: Store) -> None:
@@ -267,14 +277,14 @@ async def test_a_copy_does_not_change_with_its_source(store: Store) -> None:
     assert await store.read(f"videos/{ID}/init.mp4") == b"after"
 
 
-async def test_what_is_not_there_cannot_be_copied(store: Store, folder: Path) -> None:
+async def test_what_is_not_there_cannot_be_copied(store: Store) -> None:
     item = await store.put_init(ID, b"init")
     await store.delete(ID)
     with pytest.raises(ObjectMissing, match=f"there is no videos/{ID}/init.mp4"):
         await store.copy(item, OTHER, 1)
     with pytest.raises(InvalidInput):
         await store.copy(item, "../x", 1)
-    assert keys_on_disk(folder) == [] and not await store.has(OTHER)
+    assert keys(store) == [] and not await store.has(OTHER)
 
 
 async def test_a_video_that_is_prepared_is_active_and_has_no_request(store: Store) -> None:
@@ -284,6 +294,7 @@ async def test_a_video_that_is_prepared_is_active_and_has_no_request(store: Stor
     assert await store.active() == [ID]
 
 
+@IN_A_FOLDER
 async def test_files_of_strangers_are_not_taken_for_ours(store: Store, folder: Path) -> None:
     term = await store.claim_term()
     await store.accept(request())
@@ -298,9 +309,49 @@ async def test_files_of_strangers_are_not_taken_for_ours(store: Store, folder: P
     assert await store.claim_term() == term + 1
 
 
+# Claims of Idempotency-Keys
+
+
+async def test_a_key_is_claimed_by_one_settled_followed_and_forgotten(store: Store) -> None:
+    now = time.time()
+    ids = [new_video_id(now) for _ in range(8)]
+    claims = await asyncio.gather(*(store.claim("", "a key", "digest", each, now) for each in ids))
+    assert set(claims) == {claims[0]} and claims[0].video_id in ids
+    await store.settle("", "a key", claims[0], "refused")
+    follower = await store.claim("", "a key", "another digest", ids[0], now)
+    assert (follower.number, await store.claimed("", "a key", now)) == (2, follower)
+    await store.forget_claims(now + CLAIM_HOLDS_S)
+    assert len(keys(store)) == 2
+    await store.forget_claims(now + 3 * CLAIM_HOLDS_S)
+    assert keys(store) == []
+
+
+# What is listed, and what is removed
+
+
+async def test_what_is_stored_is_listed_with_its_size_and_time(store: Store) -> None:
+    before = int(time.time())
+    fragment = await store.put_fragment(ID, 7, 3, b"fragment")
+    await store.prepare(ID)
+    (listed,) = await store.objects(ID)
+    assert (listed.key, listed.bytes, listed.kind, listed.term) == (fragment.key, 8, "fragment", 3)
+    marker = await store.marker(ID)
+    assert marker is not None and marker.key == f"active/{ID}"
+    assert before <= listed.modified_at <= marker.modified_at <= time.time()
+    await store.end(ID)
+    assert await store.marker(ID) is None
+
+
+async def test_what_is_gone_already_keeps_nothing_else_from_removal(store: Store) -> None:
+    there = [(await store.put_fragment(ID, k, 1, b"fragment")).key for k in range(1, 20)]
+    await store._delete([f"videos/{ID}/chunks/00000.t1.m4s", *there])
+    assert keys(store) == []
+
+
 # Atomic puts
 
 
+@IN_A_FOLDER
 async def test_what_a_killed_writer_leaves_behind_is_no_object(store: Store, folder: Path) -> None:
     whole = record(await render(store, 0, 1))
     await store.put_record(whole, 1)
@@ -361,6 +412,7 @@ NOT_IDS = [
 ]
 
 
+@IN_A_FOLDER
 @pytest.mark.parametrize("text", NOT_IDS)
 async def test_a_text_that_is_no_id_never_reaches_a_path(store: Store, folder: Path, text: str) -> None:
     assert not is_video_id(text)
@@ -383,7 +435,7 @@ async def test_a_text_that_is_no_id_never_reaches_a_path(store: Store, folder: P
     ):
         with pytest.raises(InvalidInput, match=r"^id is "):
             await call
-    assert keys_on_disk(folder) == []
+    assert keys(store) == []
 
 
 # One service per folder
@@ -412,6 +464,7 @@ def hold_elsewhere(folder: Path) -> subprocess.Popen[str]:
     )
 
 
+@IN_A_FOLDER
 def test_a_second_service_on_one_folder_is_refused(store: Store, folder: Path) -> None:
     with store.lock():
         _, message = hold_elsewhere(folder).communicate(timeout=120)
@@ -420,6 +473,7 @@ def test_a_second_service_on_one_folder_is_refused(store: Store, folder: Path) -
         pass
 
 
+@IN_A_FOLDER
 def test_a_killed_service_frees_its_folder(store: Store, folder: Path) -> None:
     with hold_elsewhere(folder) as other:
         assert other.stdout is not None
@@ -432,6 +486,7 @@ def test_a_killed_service_frees_its_folder(store: Store, folder: Path) -> None:
             pass
 
 
+@IN_A_FOLDER
 async def test_the_lock_hides_nothing_from_other_processes_of_the_service(store: Store, folder: Path) -> None:
     with store.lock():
         await store.accept(request())
@@ -448,7 +503,7 @@ async def test_a_store_travels_by_its_url(store: Store, monkeypatch: pytest.Monk
     sent = pickle.dumps(relative)
     monkeypatch.chdir("/")  # a replica has a working directory of its own
     assert await pickle.loads(sent).active() == [ID]  # noqa: S301 - our own bytes
-    assert keys_on_disk(tmp_path / "here") == [f"active/{ID}", f"videos/{ID}/request.json"]
+    assert keys(relative) == [f"active/{ID}", f"videos/{ID}/request.json"]
 
 
 async def test_a_file_url_is_the_folder_that_it_names(tmp_path: Path) -> None:
@@ -468,6 +523,7 @@ def test_a_folder_that_cannot_be_made_is_unavailable(tmp_path: Path) -> None:
         Store(str(tmp_path / "file" / "data"))
 
 
+@IN_A_FOLDER
 def test_a_folder_that_went_bad_is_unavailable(store: Store, folder: Path) -> None:
     folder.rmdir()
     folder.write_text("not a folder any more")
@@ -485,5 +541,5 @@ async def test_a_bucket_that_cannot_be_reached_is_unavailable(monkeypatch: pytes
     store = pickle.loads(pickle.dumps(Store("s3://bucket/cell-1")))  # noqa: S301 - our own bytes
     assert store.url == "s3://bucket/cell-1"
     with store.lock():  # a bucket has none: nothing to hold, nothing to refuse
-        with pytest.raises(StoreUnavailable, match=r"^s3://bucket/cell-1: "):
+        with pytest.raises(StoreUnavailable, match=r"^s3://bucket/cell-1: .*error sending request"):
             await store.claim_term()
