@@ -66,7 +66,7 @@ class LiveWorld(World):
 
     def __init__(self, folder: Path, speed: float) -> None:
         super().__init__(1, folder)
-        self.speed, self.samplers = speed, 1
+        self.speed, self.samplers, self.over = speed, 1, True
         asked = request()
         spec = replace(asked.spec, seconds=3600.0, open_ended=True)
         self.request = asked.model_copy(update={"spec": spec, "while_watched": True, "lead_seconds": LEAD})
@@ -116,6 +116,7 @@ def test_a_video_is_made_no_further_ahead_than_its_lead(tmp_path: Path, speed: f
         seen, comes, leads = 0, clock(), list[float]()
         while clock() < comes + 60:
             news = await director.news(world.request.id, seen)
+            assert not news.ended
             seen += len(news.chunks)
             viewer.arrive(len(news.chunks) * CHUNK, clock())
             leads.append(viewer.lead)
@@ -155,7 +156,9 @@ def test_the_next_director_does_not_run_ahead(tmp_path: Path) -> None:
         await director.create(world.request)
         seen = 0
         while seen < 20:
-            seen += len((await director.news(world.request.id, seen)).chunks)
+            news = await director.news(world.request.id, seen)
+            assert not news.ended
+            seen += len(news.chunks)
         await director.stop()
         following = await world.started()
         await asyncio.sleep(UNWATCHED_S / 2)
