@@ -73,7 +73,7 @@ def list_videos(
     rows = [("id", "status", "model", "seconds", "chunks", "prompt")]
     for video in videos:
         chunks, prompt = chunks_made(video), shortened(video["prompt"])
-        rows.append((video["id"], video["status"], video["model"], video["seconds"], chunks, prompt))
+        rows.append((video["id"], video["status"], video["model"], video["seconds"] or "no end", chunks, prompt))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         typer.echo("  ".join(map(str.ljust, row, widths)).rstrip())
@@ -232,7 +232,8 @@ def path_of(video: str) -> str:
 
 
 def chunks_made(video: Any) -> str:
-    return f"{video['usage']['chunks']}/{-(-video['frames'] // CHUNK_FRAMES)}"
+    made, frames = video["usage"]["chunks"], video["frames"]
+    return str(made) if frames is None else f"{made}/{-(-frames // CHUNK_FRAMES)}"
 
 
 def chunks_made_now(url: str, video: str) -> str:

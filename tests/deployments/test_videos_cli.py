@@ -22,7 +22,7 @@ from deployments.content import objects_of
 from deployments.store import new_video_id
 from helios_core.errors import MediaError
 from tests.deployments.conftest import LocalService
-from tests.deployments.test_content import ended, get, put_video, running
+from tests.deployments.test_content import BODY, ended, get, put_video, running
 from tests.deployments.test_director import PROMPT
 
 Run = Callable[..., Coroutine[Any, Any, tuple[int, str, str]]]
@@ -134,6 +134,18 @@ async def test_list_and_show(service: LocalService, videos: Run) -> None:
     page = (await service.http.get("/v1/videos")).json()["data"]
     assert json.loads((await videos("list", "--json"))[1]) == page
     assert json.loads((await videos("show", old))[1]) == page[1]
+
+
+async def test_a_video_without_an_end(service: LocalService, videos: Run) -> None:
+    gate = service.graph.gate("sample 1")
+    video_id = (await service.http.post("/v1/videos", json={**BODY, "seconds": None})).json()["id"]
+    await gate.reached.wait()
+    await service.director.news(video_id, 0)
+    _, stdout, _ = await videos("list")
+    assert re.split("  +", stdout.splitlines()[1]) == [video_id, "in_progress", "random", "no end", "1", PROMPT]
+    await videos("cancel", video_id)
+    _, stdout, _ = await videos("list")
+    assert re.split("  +", stdout.splitlines()[1]) == [video_id, "completed", "random", "1.375", "1/1", PROMPT]
 
 
 async def test_a_list_longer_than_a_page(service: LocalService, videos: Run, monkeypatch: pytest.MonkeyPatch) -> None:
