@@ -26,7 +26,7 @@ format: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix .
 
 faults: $(VENV)/dev.stamp  ## every kill, ten seeded trials each
-	TRIALS=10 $(BIN)/python -m pytest --timeout 3600 tests/deployments/test_faults.py tests/deployments/test_slow_viewers.py
+	TRIALS=10 STALL_SECONDS=60 $(BIN)/python -m pytest --timeout 3600 $(addprefix tests/deployments/test_,faults.py restart.py slow_viewers.py)
 
 figures: $(VENV)/dev.stamp  ## every measured figure of the README, measured again
 	$(BIN)/python -m load_tests.figures

@@ -1,8 +1,9 @@
 """`make figures`: what the README says of speed, measured again on this machine, over HTTP alone.
 
 First one video of the demo model at a time; the trace tells each part's share of its time. Then eight videos at once on
-two samplers whose chunks are paced: there it tells how long a sampler stands idle between two chunks. Prints one
-Markdown table for people; the last line is the same as JSON.
+two samplers whose chunks are paced: there it tells how long a sampler stands idle between two chunks. Last, there, two
+videos whose Director is killed: how long their viewers wait. Prints one Markdown table for people; the last line is the
+same as JSON.
 """
 
 from __future__ import annotations
@@ -15,16 +16,19 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 REPEATS = 5
 VIDEOS = 8
@@ -34,6 +38,7 @@ PARTS = ("encode prompt", "sample", "decode", "encode", "store", "commit")  # sp
 PACED = (
     "testing: true\nmodels: [{model: random, sampler: {min_replicas: 2, max_replicas: 2, min_chunk_seconds: 0.5}}]\n"
 )
+DIRECTOR = "ray::ServeReplica:helios:Director"
 
 
 def main() -> None:
@@ -44,8 +49,10 @@ def main() -> None:
     with running_service(PACED) as (url, _, trace_file):
         with ThreadPoolExecutor(VIDEOS) as pool:
             list(pool.map(stream, [url] * VIDEOS))
-        pauses, hops = idle_times(trace_file)
-    report(start, runs, shares, pauses, hops)
+        idle, hops = idle_times(trace_file)
+        undisturbed = [pause for _ in range(REPEATS) for pause in pauses(url)]
+        killed = [pause for k in range(REPEATS) for pause in pauses(url, kill_after=0.1 * k)]
+    report(start, runs, shares, idle, hops, undisturbed, killed)
 
 
 @contextmanager
@@ -91,13 +98,33 @@ def idle_times(trace_file: Path) -> tuple[list[float], list[float]]:
     samples = sorted((span for span in spans if span["name"] == "sample"), key=lambda span: at(span, "start_time"))
     turns = {span["parent_id"]: at(span, "end_time") for span in spans if span["name"] == "wait"}
     hops = [at(span, "start_time") - turns[span["parent_id"]] for span in samples]
-    pauses, ended = [], dict[int, float]()
+    idle, ended = [], dict[int, float]()
     for span in samples:
         sampler = span["resource"]["attributes"]["process.pid"]
         if sampler in ended:
-            pauses.append(at(span, "start_time") - ended[sampler])
+            idle.append(at(span, "start_time") - ended[sampler])
         ended[sampler] = at(span, "end_time")
-    return pauses, hops
+    return idle, hops
+
+
+def pauses(url: str, kill_after: float | None = None) -> list[float]:
+    """The longest pause of each of two videos. `kill_after`: so many seconds after both have begun to arrive, their
+    Director is killed."""
+    begun = [threading.Event() for _ in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        watching = [pool.submit(stream, url, each.set) for each in begun]
+        for each in begun:
+            each.wait(60)
+        if kill_after is not None:
+            time.sleep(kill_after)
+            kill_director()
+        return [video.result()["pause"] for video in watching]
+
+
+def kill_director() -> None:
+    titles = [(process, process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
+    (director,) = [process for process, title in titles if any(part.startswith(DIRECTOR) for part in title)]
+    director.kill()
 
 
 def wait_until_ready(url: str, service: subprocess.Popen[bytes]) -> None:
@@ -111,34 +138,48 @@ def wait_until_ready(url: str, service: subprocess.Popen[bytes]) -> None:
             time.sleep(0.05)
 
 
-def stream(url: str) -> dict[str, Any]:
-    """Watches one video live. Its id, the seconds to the first fragment, the frames per second after it."""
+def stream(url: str, begun: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Watches one video live; calls `begun` when its first fragment has begun to arrive. Its id, the seconds to that,
+    the frames per second after it, and the longest pause in what arrives after it."""
     request = urllib.request.Request(
         f"{url}/v1/videos/stream", json.dumps(BODY).encode(), {"Content-Type": "application/json"}
     )
     begin = time.perf_counter()
-    first = 0.0
+    first = last = pause = 0.0
     with urllib.request.urlopen(request) as response:
         video_id = response.headers["X-Video-Id"]
         size = 0
         while part := response.read1():
             size += len(part)
-            if not first and size > 2000:  # more than the head of the file, which comes with the first fragment
-                first = time.perf_counter() - begin
+            now = time.perf_counter() - begin
+            if first:
+                pause = max(pause, now - last)
+            elif size > 2000:  # more than the head of the file, which comes with the first fragment
+                first = now
+                begun()
+            last = now
     total = time.perf_counter() - begin
-    return {"video_id": video_id, "first": first, "rate": (FRAMES - 33) / (total - first)}
+    return {"video_id": video_id, "first": first, "rate": (FRAMES - 33) / (total - first), "pause": pause}
 
 
 def report(
-    start: float, runs: list[dict[str, Any]], shares: dict[str, float], pauses: list[float], hops: list[float]
+    start: float,
+    runs: list[dict[str, Any]],
+    shares: dict[str, float],
+    idle: list[float],
+    hops: list[float],
+    undisturbed: list[float],
+    killed: list[float],
 ) -> None:
     figures: dict[str, Any] = {
         "service ready after (s)": round(start, 1),
         "first fragment after the request (s)": spread([run["first"] for run in runs]),
         "frames per second after it": spread([run["rate"] for run in runs]),
         **{f"share of a video's time in which it is busy: {part}": f"{share:.0%}" for part, share in shares.items()},
-        "8 videos, 2 samplers: a sampler idle between two chunks of 0.5 s (s)": quantiles(pauses),
+        "8 videos, 2 samplers: a sampler idle between two chunks of 0.5 s (s)": quantiles(idle),
         "8 videos, 2 samplers: from a turn to its sampling (s)": quantiles(hops),
+        "2 videos, a chunk of each 0.5 s: a viewer's longest pause (s)": spread(undisturbed),
+        "the same, over a SIGKILL of the Director (s)": spread(killed),
     }
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     setting = {

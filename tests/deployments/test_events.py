@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from deployments.watching import Watches
 from tests.deployments.conftest import LocalService
 from tests.deployments.test_content import BODY, cancel, delete, ended, fail, get, put_video, watched_by
 from tests.deployments.test_director import PROMPT
+from tests.deployments.test_watching import client
 
 SECOND = "a green sun over a black sea"
 CHUNK_S = 33 / 24
@@ -110,6 +112,59 @@ async def test_last_event_id_loses_no_event_and_tells_none_twice(service: LocalS
         assert await told(service, video_id, last) == whole[k + 1 :]
     over = await ask(service, video_id, "done")
     assert (over.status_code, over.content) == (204, b"")
+
+
+async def test_two_hundred_cuts_lose_no_event_and_tell_none_twice(
+    service: LocalService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Connections that break after a random number of bytes, while a video is made and afterwards. A part of an event
+    is dropped, as an EventSource does."""
+    monkeypatch.setattr("deployments.events.PING_S", 0.001)  # so that no connection is too quiet to be cut
+    video_id = await begun(service, CHANGING, "sample 1", chunks=1)
+    cut = asyncio.Semaphore(0)
+
+    async def part(last: str | None, most: int | None) -> Told:
+        """The events that arrive whole after the id `last`, if the connection breaks after so many bytes."""
+        got = bytearray()
+
+        async def break_off(data: bytes) -> None:
+            got.extend(data)
+            if most is not None and len(got) >= most:
+                del got[most:]
+                raise OSError("cut")
+
+        async with client(service, break_off) as http:
+            headers = {} if last is None else {"Last-Event-ID": last}
+            asking = http.get(f"/v1/videos/{video_id}/events", headers=headers)
+            if most is None:
+                await asking
+            else:
+                with pytest.raises(OSError, match="cut"):
+                    await asking
+                cut.release()
+        whole, _, _ = got.decode().rpartition("\n\n")
+        return parsed(whole)
+
+    async def heard(cuts: list[int]) -> Told:
+        found: Told = []
+        for most in (*cuts, None):
+            found += await part(found[-1][1] if found else None, most)
+        return found
+
+    rng = random.Random(19)
+    live = [asyncio.create_task(heard([rng.randint(1, 800) for _ in range(4)])) for _ in range(25)]
+    for gate, cuts in ((service.graph.gate("sample 1"), 40), (service.graph.gate("sample 2"), 60)):
+        for _ in range(cuts):
+            await cut.acquire()
+        gate.open()
+    await ended(service, video_id)
+    whole = await told(service, video_id)
+    assert [event_id for _, event_id, _ in whole] == IDS
+    for found in await asyncio.gather(*live):
+        assert found == whole
+    size = len((await ask(service, video_id)).content.replace(PING, b""))
+    for _ in range(100):
+        assert await heard([rng.randrange(1, size)]) == whole
 
 
 @pytest.mark.parametrize(

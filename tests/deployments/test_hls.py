@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
+import socket
 import subprocess
+from asyncio.subprocess import PIPE
 from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import imageio_ffmpeg
 import pytest
+import uvicorn
 
 from deployments.records import Status
 from deployments.store import new_video_id
@@ -30,6 +36,24 @@ HEAD = """\
 """
 MAP = '#EXT-X-MAP:URI="init.mp4"\n'
 END = "#EXT-X-ENDLIST\n"
+
+# hls.js loads, parses and follows a playlist without a browser, which only what it plays into would need.
+HLS_JS = "hls.js@1.7.4"
+FOLLOW = """
+globalThis.self = globalThis
+self.location = new URL(process.argv[1])
+const Hls = require("hls.js")
+const hls = new Hls({progressive: true})  // which loads by fetch: Node has no XMLHttpRequest
+hls.on(Hls.Events.ERROR, (_, {details, reason}) => { throw new Error(`${details}: ${reason}`) })
+hls.on(Hls.Events.LEVEL_LOADED, (_, {details}) => {
+    const {live, type, targetduration, startTimeOffset, totalduration} = details
+    const fragments = details.fragments.map(({sn, start, duration, url, initSegment}) =>
+        ({sn, start, duration, url, init: initSegment.url}))
+    console.log(JSON.stringify({live, type, targetduration, startTimeOffset, totalduration, fragments}))
+    if (!live) hls.destroy()
+})
+hls.loadSource(self.location.href)
+"""
 
 
 async def hls(service: LocalService, video_id: str, name: str, status: int = 200, **headers: str) -> bytes:
@@ -186,3 +210,89 @@ async def test_players_read_the_playlist(
     compared = await asyncio.to_thread(subprocess.run, of_file, cwd=folder, capture_output=True, text=True, check=True)
     hashes = [re.findall(r"\w{64}$", each.stdout, re.MULTILINE) for each in (judged, compared)]
     assert len(hashes[0]) == frames and hashes[0] == hashes[1]
+
+
+@asynccontextmanager
+async def listening(service: LocalService) -> AsyncIterator[str]:
+    """The URL of the service on a socket, for clients that are no part of this process."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(uvicorn.Config(service.app, lifespan="off", log_config=None))
+        serving = asyncio.create_task(server.serve([listener]))
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        server.should_exit = True
+        await serving
+
+
+@pytest.fixture(scope="session")
+def hls_js(pytestconfig: pytest.Config) -> Path:
+    """A folder in which Node finds hls.js, from npm's registry on first use."""
+    folder = pytestconfig.rootpath / "build" / HLS_JS
+    npm = [
+        "npm",
+        "install",
+        "--loglevel=error",
+        "--prefer-offline",
+        "--ignore-scripts",
+        "--prefix",
+        str(folder),
+        HLS_JS,
+    ]
+    subprocess.run(npm, check=True)
+    return folder
+
+
+async def test_ffmpeg_plays_a_video_that_is_being_made(service: LocalService, tmp_path: Path) -> None:
+    """It shows what is there before there is more, and in the end every frame of the file."""
+    video_id = await begun(service, BODY, "sample 1", chunks=1)
+
+    def hashes(source: str) -> list[str]:
+        return [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-xerror", "-i", source, "-f", "framehash", "-"]
+
+    async with listening(service) as url:
+        command = hashes(f"{url}/v1/videos/{video_id}/hls/index.m3u8")
+        playing = await asyncio.create_subprocess_exec(*command, stdout=PIPE)
+        assert playing.stdout is not None
+        shown = [await playing.stdout.readline()]
+        while shown[-1].startswith(b"#"):
+            shown.append(await playing.stdout.readline())
+        service.graph.gate("sample 1").open()
+        shown += [line async for line in playing.stdout]
+        assert await playing.wait() == 0
+    (tmp_path / "whole.mp4").write_bytes((await get(service, video_id)).content)
+    whole = await asyncio.to_thread(subprocess.run, hashes(str(tmp_path / "whole.mp4")), stdout=PIPE, check=True)
+    of_file, of_playlist = (re.findall(rb"\w{64}$", each, re.MULTILINE) for each in (whole.stdout, b"".join(shown)))
+    assert len(of_playlist) == 99 and of_playlist == of_file
+
+
+async def test_hls_js_follows_a_video_that_is_being_made(service: LocalService, hls_js: Path) -> None:
+    """From its first chunk to its end, and finds the very file behind its URLs; of a finished one it sees all at
+    once."""
+    frames = 2 * 33 + 7
+    video_id = await begun(service, {**BODY, "seconds": frames / 24}, "sample 1", chunks=1)
+
+    async with listening(service) as url:
+        index = f"{url}/v1/videos/{video_id}/hls/index.m3u8"
+        node = await asyncio.create_subprocess_exec("node", "-e", FOLLOW, index, cwd=hls_js, stdout=PIPE)
+        assert node.stdout is not None
+        seen = [json.loads(await node.stdout.readline())]
+        service.graph.gate("sample 1").open()
+        seen += [json.loads(line) async for line in node.stdout]
+        assert await node.wait() == 0
+        again = await asyncio.create_subprocess_exec("node", "-e", FOLLOW, index, cwd=hls_js, stdout=PIPE)
+        finished, _ = await again.communicate()
+        assert again.returncode == 0
+
+    last = seen[-1]
+    assert json.loads(finished) == last
+    assert (last["type"], last["targetduration"], last["startTimeOffset"]) == ("EVENT", 2, 0)
+    assert last["totalduration"] == pytest.approx(frames / 24)
+    assert [part["sn"] for part in last["fragments"]] == [0, 1, 2]
+    assert [part["duration"] for part in last["fragments"]] == pytest.approx([33 / 24, 33 / 24, 7 / 24])
+    assert [part["start"] for part in last["fragments"]] == pytest.approx([0, 33 / 24, 66 / 24])
+    for earlier in seen[:-1]:
+        there = len(earlier["fragments"])
+        assert earlier["live"] and earlier["fragments"] == last["fragments"][:there]
+    assert len(seen[0]["fragments"]) == 1 and not last["live"]
+    (init,) = {part["init"] for part in last["fragments"]}
+    parts = [await service.http.get(each) for each in (init, *(part["url"] for part in last["fragments"]))]
+    assert b"".join(part.content for part in parts) == (await get(service, video_id)).content

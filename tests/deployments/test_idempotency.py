@@ -331,14 +331,12 @@ async def test_who_leaves_a_stream_may_come_back(service: LocalService) -> None:
     assert (await back).content == (await get(service, video_id)).content
 
 
-async def test_a_stream_to_which_nobody_comes_back_is_cancelled(
-    service: LocalService, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_stream_to_which_nobody_comes_back_is_cancelled(service: LocalService) -> None:
     """And comes no more: its key says so, where a response that is cut off would not."""
     gate = service.graph.gate("sample 2")
     leaving = asyncio.create_task(post(service, "a", "/stream", json=BODY))
     await gate.reached.wait()
-    monkeypatch.setattr("deployments.director.UNWATCHED_S", 0.0)
+    service.director._unwatched_s = 0.0
     (video_id,) = await videos(service)
     leaving.cancel()
     await asyncio.wait([leaving])
