@@ -22,7 +22,7 @@ from helios_core.checkpoints import Checkpoint
 MANY = 10_000  # requests at once for those that only wait: Serve's default of 5 would queue a sixth viewer
 LONGEST_CHUNK_S = 60.0  # a computing replica that is to stop may finish its chunk
 LONGEST_ANSWER_S = 2.0  # one that only waits has nothing to finish that would not go on elsewhere
-LOOK_AGAIN_S = 0.5  # how often a replica that is to stop looks whether it has; by default 2, and `serve` stops in 8
+LOOK_AGAIN_S = 0.5  # between two looks whether a replica that is to stop has finished, in place of Serve's 2
 # Replicas that compute keep their freed memory: where glibc gives every large tensor back at once, as service.py has it
 # do for all the others, a CPU decodes at half the speed (measured: the kernel clears the pages again and again).
 TENSORS = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**30)}

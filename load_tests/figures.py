@@ -122,8 +122,8 @@ def pauses(url: str, kill_after: float | None = None) -> list[float]:
 
 
 def kill_director() -> None:
-    titles = [(process, process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
-    (director,) = [process for process, title in titles if any(part.startswith(DIRECTOR) for part in title)]
+    titles = {process: process.as_dict(["cmdline"])["cmdline"] or [] for process in psutil.Process().children(True)}
+    (director,) = [process for process, title in titles.items() if any(part.startswith(DIRECTOR) for part in title)]
     director.kill()
 
 

@@ -138,9 +138,10 @@ def running(deployment: str) -> bool:
 
 
 def processes(deployment: str) -> list[psutil.Process]:
+    """Of this service: there may be others on the machine."""
     title = f"ray::ServeReplica:{APP_NAME}:{deployment}"
     found = []
-    for process in psutil.process_iter():
+    for process in psutil.Process().children(recursive=True):
         try:
             if any(part.startswith(title) for part in process.cmdline()):
                 found.append(process)
