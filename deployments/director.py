@@ -44,7 +44,7 @@ T = TypeVar("T")
 COLLECT_AFTER_S = 1.0
 NEWS_S = 5.0  # how long a watcher's question may stay open
 STORE_AGAIN_S = 5.0  # between two tries to store an end, or to read what is to be resumed
-UNWATCHED_S = 10.0
+UNWATCHED_S = 10.0  # unless it is told how long
 
 
 class NoSuchVideo(HeliosError):
@@ -298,7 +298,7 @@ class Director:
 
     async def _set_paused(self, video_id: str, paused: bool) -> VideoStatus:
         video = await self._unended(video_id, "to pause or resume")
-        await self._changed(video, self._maker.pause(video, paused))
+        await self._changed(video, self._maker.set_paused(video, paused))
         return self._status(video.record)
 
     async def _unended(self, video_id: str, what: str) -> RunningVideo:

@@ -366,8 +366,8 @@ class Maker:
                 async with asyncio.timeout(None if wait == math.inf else wait):
                     await video.changed.wait()
 
-    async def pause(self, video: RunningVideo, paused: bool) -> None:
-        """Commits that no further chunk is wanted for now, or that one is."""
+    async def set_paused(self, video: RunningVideo, paused: bool) -> None:
+        """Commits that no further chunk is wanted for now, or that one is. Raises Superseded or StoreUnavailable."""
         async with video.writing:
             if video.record.paused == paused:
                 return
@@ -375,8 +375,8 @@ class Maker:
             await self._store.put_record(changed, self._term)
             video.update(changed)
         if not paused:
-            self._metrics.resumed_playing(video.request.id, time.time())
-        event(logger, "paused" if paused else "resumed", video.request)
+            self._metrics.unpaused(video.request.id, time.time())
+        event(logger, "paused" if paused else "unpaused", video.request)
 
     async def _render_and_commit(
         self, video: RunningVideo, chunk: Span, index: int, state: Ref, sampled: SampleReport

@@ -185,7 +185,7 @@ class Metrics:
         clock.committed_at = at
         clock.shown_until = max(at, clock.shown_until) + chunk.frames / record.spec.fps
 
-    def resumed_playing(self, video_id: str, at: float) -> None:
+    def unpaused(self, video_id: str, at: float) -> None:
         """A video that was paused goes on: its viewers did not stall, they waited for just that."""
         clock = self._clocks[video_id]
         clock.shown_until = max(at, clock.shown_until)

@@ -98,10 +98,10 @@ class Helios:
         """Yields the chunks of one video as they are made; together exactly round(seconds * fps) frames.
 
         `image` or `video`: what it begins with, as a file or as uint8 RGB of the video's size, [H, W, 3] or
-        [T, H, W, 3] at 24 fps; `size`: "WIDTHxHEIGHT" in pixels; `seconds`: None goes on until
-        nobody asks for more; `steps`: solver steps per stage, or `preset` by name;
-        `prompts`: changes of the prompt on the way. None everywhere means the model's own choice. Raises InvalidInput
-        at the call, before anything is computed.
+        [T, H, W, 3] at 24 fps; `size`: "WIDTHxHEIGHT" in pixels; `seconds`: with None it goes on until nobody asks for
+        more, an hour at most; `steps`: solver steps per stage, or `preset` by name; `prompts`: changes of the prompt on
+        the way. None everywhere else means the model's own choice. Raises InvalidInput at the call, before anything is
+        computed.
         """
         if image is not None and video is not None:
             raise InvalidInput("video", "given together with image", "an image or a video, not both")

@@ -192,7 +192,7 @@ class Lessons:
         scene, motion = painted(track.scenes[j], self.rng), NO_MOTION
         if kind == "after a picture":
             # A picture shows all but the motion.
-            hues, prompt = _unchanging(scene), [(self._text(self._hinted(scene, still=True)), 1.0)]
+            hues, prompt = _unchanging(scene), [(self._text(self._hinted(scene, of_picture=True)), 1.0)]
             frame = self._coloured(parts_JPKThw[j, :, :, :1], hues(0))
             anchor, frames = self._as_input(frame), self._as_input(frame)
         else:
@@ -249,7 +249,7 @@ class Lessons:
         rng = self.rng
         turned, recoloured = before != scene, rng.random() < RECOLOURED
         if not turned and not recoloured:
-            return _unchanging(scene), [(self._text(self._hinted(scene, still=False)), 1.0)]
+            return _unchanging(scene), [(self._text(self._hinted(scene, of_picture=False)), 1.0)]
         said = painted(scene, rng) if recoloured else scene
         old, new = colours(before), colours(replace(before, **said.named))
         at_once = not self.ripe or rng.random() < 0.4
@@ -265,9 +265,9 @@ class Lessons:
             return hues, [(self._text(said), 1.0)]
         return hues, [(self._text(before), 1 - thirds / 3), (self._text(said), thirds / 3)]
 
-    def _hinted(self, scene: Scene, still: bool) -> Scene:
-        """What a prompt may say of a scene that the past shows. `still`: the past does not show how it moves, so that
-        must be said."""
+    def _hinted(self, scene: Scene, of_picture: bool) -> Scene:
+        """What a prompt may say of a scene that the past shows; its motion in any case if the past is a picture, which
+        does not show that."""
         rng = self.rng
         if not self.ripe:
             return scene
@@ -275,7 +275,7 @@ class Lessons:
         if rng.random() < HIDING:
             uncoloured = replace(scene, **dict.fromkeys(ALL_COLOURS))
             hinted = rng.choice((uncoloured, opened(scene, rng), Scene()))
-        untold = not still and rng.random() < UNTOLD
+        untold = not of_picture and rng.random() < UNTOLD
         return replace(hinted, motion=None if untold else scene.motion)
 
     def _as_input(self, latents_KThw: Tensor) -> Tensor:
