@@ -59,6 +59,7 @@ from helios_core.spec import (
 )
 
 NOBODY = ""  # whose Idempotency-Keys they are: there are no accounts
+PLAYLIST_LOOKS = 3  # at a video without a chunk: hls.js gives up on the third playlist without a segment
 POLL = {"openai-poll-after-ms": "500"}  # how soon OpenAI's client asks again
 
 
@@ -155,11 +156,15 @@ def http_app(
             async for event in events(news, seen):
                 yield event
 
-    async def stands(video_id: str) -> News:
-        """How a video stands and all its chunks, as soon as it has one; after a few seconds even so."""
+    async def stands(video_id: str, looks: int = 1) -> News:
+        """How a video stands and all its chunks, as soon as it has one; after `looks` of a few seconds each even so."""
         try:
             async with watches.of(known(video_id)) as news:
-                return await next_news(news, 0)
+                for _ in range(looks):
+                    new = await next_news(news, 0)
+                    if new.chunks or new.ended:
+                        break
+                return new
         except CutOff as error:
             raise NoSuchVideo(video_id) from error
 
@@ -269,7 +274,7 @@ def http_app(
 
     @app.api_route("/v1/videos/{video_id}/hls/index.m3u8", methods=["GET", "HEAD"])
     async def hls_playlist(request: Request, video_id: str) -> Response:
-        return playlist_response(request, await stands(video_id))
+        return playlist_response(request, await stands(video_id, PLAYLIST_LOOKS))
 
     @app.api_route("/v1/videos/{video_id}/hls/init.mp4", methods=["GET", "HEAD"])
     async def hls_init(request: Request, video_id: str) -> Response:

@@ -19,7 +19,9 @@ import imageio_ffmpeg
 import pytest
 import uvicorn
 
-from deployments.records import Status
+from deployments.content import AskNews, next_news
+from deployments.ingress import PLAYLIST_LOOKS
+from deployments.records import News, Status
 from deployments.store import new_video_id
 from tests.deployments.conftest import LocalService
 from tests.deployments.test_content import BODY, SIZES, cancel, delete, ended, get, put_video
@@ -95,6 +97,24 @@ async def test_the_playlist_grows_and_changes_nothing_that_was_in_it(
         begin + MAP + "".join(segments[:2]),
         begin + MAP + "".join(segments) + END,
     ]
+
+
+async def test_a_playlist_waits_longer_for_a_first_segment_than_others_do(
+    service: LocalService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deployments.director.NEWS_S", 0.01)
+    looks: list[int] = []
+
+    async def counted(news: AskNews, seen: int) -> News:
+        looks.append(seen)
+        return await next_news(news, seen)
+
+    monkeypatch.setattr("deployments.ingress.next_news", counted)
+    video_id = await begun(service, BODY, "sample 0", chunks=0)
+    await hls(service, video_id, "init.mp4", 404)
+    assert len(looks) == 1
+    assert await playlist(service, video_id) == HEAD.format(2)
+    assert len(looks) == 1 + PLAYLIST_LOOKS
 
 
 async def test_init_and_segments_are_the_file(service: LocalService) -> None:
