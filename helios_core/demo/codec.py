@@ -71,6 +71,12 @@ class LinearCodec:
         return terms
 
     @property
+    def fleeting(self) -> Tensor:
+        """Which channels tell how a block changes in its four pictures, more than how it looks: bool [K]."""
+        basis = rearrange(self.basis, "k (time block) -> k time block", time=TIME)
+        return basis.var(1, correction=0).mean(1) > 0.5 * basis.square().mean((1, 2))
+
+    @property
     def offset(self) -> Tensor:
         """What every latent has besides its terms: [K]."""
         return -(self.basis @ self.mean) * self.scale

@@ -47,11 +47,15 @@ TURNS = {"shape": TAUGHT_SHAPES, "ground": GROUNDS, "motion": TAUGHT_MOTIONS}  #
 KINDS = {"first": 0.4, "second": 0.12, "later": 0.26, "after a picture": 0.14, "second after a picture": 0.08}
 CLIP = 0.35  # share of the second and later chunks whose past is an input video
 OLD_INPUT = 0.15  # share of the later chunks of which only the anchor is from an input
+OWN = (0, 1, 2)  # how many chunks of a later one's past, the last ones, shall be the student's own; at random
 PAST_NOISE = 0.14  # most noise (deviation) on every other history, so that a video's small errors do not add up
 RECOLOURED = 0.25  # share of the chunks with a past whose prompt has new colours, or whose anchor had others
+FADING = 0.5  # share of the pasts in which fast change is weaker than it was, as in what a model makes: motion must be
+# read from where things are, too
 HIDING = 0.5  # share of the prompts that leave open what the past shows
 UNTOLD = 0.6  # share of the prompts that leave open the motion that the past shows
 NO_MOTION = -1
+PAST_LATENTS = HISTORY_LATENTS + max(OWN) * CHUNK_LATENTS
 OWN_COLOURS = ("object_colour", "ground_colour")  # those that a noun bears
 ALL_COLOURS = (*OWN_COLOURS, "sky_colour")
 OBJECT = slice(6, 9)  # of the parts: those of the third mask
@@ -105,21 +109,23 @@ class Track:
 class Lesson(NamedTuple):
     """A batch of chunks.
 
-    `latents` [B, K, 9, h, w]: the chunk as it should be; `anchor` [B, K, 1, h, w] and `history` [B, K, 19, h, w]: its
-    past; `noise` [B, K, 9, h, w]; `weight` [B, 1, 9, h, w]: how much each place counts; `motion` [B]: what the past
-    shows, a number in TAUGHT_MOTIONS, or NO_MOTION.
+    `latents` [B, K, 9, h, w]: the chunk as it should be; `anchor` [B, K, 1, h, w] and `past` [B, K, 37, h, w]: what was
+    before, of which the last 19 are its history; `own` [B]: how many chunks, at the end of the past, had the same
+    prompt and may be replaced by what the student makes of it; `noise` [B, K, 9, h, w]; `weight` [B, 1, 9, h, w]: how
+    much each place counts; `motion` [B]: what the past shows, a number in TAUGHT_MOTIONS, or NO_MOTION.
     """
 
     latents: Tensor
     anchor: Tensor
-    history: Tensor
+    past: Tensor
+    own: Tensor
     noise: Tensor
     weight: Tensor
     motion: Tensor
     prompts: list[Prompt]
 
 
-Example = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Prompt]  # what a Lesson has, of one chunk
+Example = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Prompt]  # what a Lesson has, of one chunk
 
 
 class Lessons:
@@ -182,9 +188,11 @@ class Lessons:
             return self._first()
         i = self.rng.randrange(len(self.tracks))
         track, parts_JPKThw = self.tracks[i], self.parts_NJPKThw[i]
+        own = 0
         if kind == "later":
+            own = self.rng.choice(OWN) if self.ripe and track.steady else 0
             j = self.rng.choice(range(CHUNKS) if track.steady else (2, 3))
-            seen = self.rng.choice((2, 3, 3)) if track.steady else j  # two: of a third chunk, or a short clip
+            seen = self.rng.choice((2, 3, 3)) + own if track.steady else j  # two: of a third chunk, or a short clip
             past = [parts_JPKThw[k % CHUNKS] for k in range(j - seen, j)]
         else:
             j = self.rng.choice(range(CHUNKS) if kind == "after a picture" else range(1, CHUNKS))
@@ -200,7 +208,10 @@ class Lessons:
             motion = list(TAUGHT_MOTIONS).index(before.motion or "still")
             before = replace(scene, shape=before.shape, ground=before.ground, motion=before.motion)
             hues, prompt = self._going_on(before, scene)
+            own = own if torch.equal(hues(0), hues(TRANSITION_CHUNKS)) else 0
             frames = torch.cat([self._coloured(each, hues(len(past) - k)) for k, each in enumerate(past)], dim=1)
+            if self.rng.random() < FADING:
+                frames = torch.where(self.linear.fleeting[:, None, None, None], self.rng.random() * frames, frames)
             anchor = self._coloured(past[0][:, :, :1], hues(TRANSITION_CHUNKS))
             if kind == "second after a picture":
                 frames = torch.cat([self._as_input(frames[:, :1]), frames], dim=1)
@@ -219,7 +230,16 @@ class Lessons:
             anchor, frames = anchor + deviation * self._noise(anchor), frames + deviation * self._noise(frames)
         latents = self._coloured(parts_JPKThw[j], hues(0))
         weight = self._weight(parts_JPKThw[j])
-        return latents, anchor, as_history(frames), self._noise(latents), weight, torch.tensor(motion), prompt
+        return (
+            latents,
+            anchor,
+            latest(frames, PAST_LATENTS),
+            torch.tensor(own),
+            self._noise(latents),
+            weight,
+            torch.tensor(motion),
+            prompt,
+        )
 
     def _first(self) -> Example:
         """The first chunk of a video, of which the prompt says all that is not left to the world."""
@@ -233,7 +253,8 @@ class Lessons:
         return (
             latents,
             nothing,
-            as_history(nothing[:, :0]),
+            latest(nothing[:, :0], PAST_LATENTS),
+            torch.tensor(0),
             noise,
             self._weight(parts_PKThw),
             torch.tensor(NO_MOTION),
@@ -291,14 +312,14 @@ def _unchanging(scene: Scene) -> Hues:
 
 def _batch(examples: Sequence[Example]) -> Lesson:
     *tensors, prompts = zip(*examples, strict=True)
-    latents, anchor, history, noise, weight, motion = (torch.stack(each) for each in tensors)
-    return Lesson(latents, anchor, history, noise, weight, motion, list(prompts))
+    latents, anchor, past, own, noise, weight, motion = (torch.stack(each) for each in tensors)
+    return Lesson(latents, anchor, past, own, noise, weight, motion, list(prompts))
 
 
-def as_history(frames_KThw: Tensor) -> Tensor:
-    """The last 19 latent frames, after zeros where there are fewer: [K, 19, h, w]."""
-    frames = frames_KThw[:, -HISTORY_LATENTS:]
-    return F.pad(frames, (0, 0, 0, 0, HISTORY_LATENTS - frames.shape[1], 0))
+def latest(frames_KThw: Tensor, count: int) -> Tensor:
+    """The last latent frames, after zeros where there are fewer: [K, count, h, w]."""
+    frames = frames_KThw[:, -count:]
+    return F.pad(frames, (0, 0, 0, 0, count - frames.shape[1], 0))
 
 
 def painted(scene: Scene, rng: random.Random) -> Scene:

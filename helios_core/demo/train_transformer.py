@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
-from helios_core.config import TEXT_TOKENS, TransformerConfig
+from helios_core.config import CHUNK_LATENTS, HISTORY_LATENTS, TEXT_TOKENS, TransformerConfig
 from helios_core.demo import words
 from helios_core.demo.codec import LinearCodec
 from helios_core.demo.initial import initialise_text_encoder, initialise_transformer
@@ -30,7 +30,7 @@ from helios_core.demo.layout import SCHEDULERS, make_tokenizer
 from helios_core.demo.lessons import NO_MOTION, Lesson, Lessons, Prompt
 from helios_core.sampling.chunk import TOKEN_AREA, double, halve
 from helios_core.sampling.noise import block_noise
-from helios_core.sampling.schedule import Stage, few_step_points, pyramid
+from helios_core.sampling.schedule import Stage, Step, few_step_points, pyramid
 from helios_core.transformer.layers import Attention, Block, Modulation
 from helios_core.transformer.model import HeliosTransformer, TextContext
 
@@ -223,21 +223,15 @@ class Training:
         """What is wrong with the student's guess of a stage's clean latents: a mean square, weighted by place and
         channel. The stage before, as the past, is true but for some noise."""
         model = self.student.transformer
-        text = self.student.text_context(lesson.prompts)
-        context = model.begin_chunk(lesson.anchor, lesson.history, text)
+        history = self._history(lesson)
+        context = model.begin_chunk(lesson.anchor, history, self.student.text_context(lesson.prompts))
         if stage.index == 0:
-            start = lesson.noise
-            for _ in STAGES[1:]:
-                start = halve(start)
+            start = _coarse(lesson.noise)
         else:
             true = _pooled(lesson.latents, stage.index - 1)
             deviation = torch.rand(len(true), 1, 1, 1, 1, generator=self.generator) * STAGE_NOISE
-            before = double(true + deviation * torch.randn(true.shape, generator=self.generator))
-            renoise = block_noise(tuple(before.shape), SCHEDULER.gamma, self.generator)
-            start = stage.signal * before + stage.noise * renoise
-        # Tokens are counted before a stage doubles its sides (sampling/chunk.py).
-        tokens = start[0, 0].numel() // TOKEN_AREA // (1 if stage.index == 0 else 4)
-        points = few_step_points(stage, self.rng.choice(STEP_COUNTS), tokens, SCHEDULER)
+            start = self._renoised(true + deviation * torch.randn(true.shape, generator=self.generator), stage)
+        points = _points(start, stage, self.rng.choice(STEP_COUNTS))
         x, point = start, points[0]
         if self.lessons.ripe and self.rng.random() < LATER_STEPS:
             with torch.no_grad():
@@ -247,6 +241,38 @@ class Training:
         wrong = x - point.sigma * model(x, point.timestep, context) - _pooled(lesson.latents, stage.index)
         weighted: Tensor = _pooled(lesson.weight, stage.index) * self.channel_weight * wrong.square()
         return weighted.mean()
+
+    @torch.no_grad()
+    def _history(self, lesson: Lesson) -> Tensor:
+        """What the student sees of the past of `lesson`, [B, K, 19, h, w]. Some of it is its own: else it learns
+        nothing of what its own small errors come to."""
+        past = lesson.past.clone()
+        for back in range(int(lesson.own.max()), 0, -1):
+            makes = lesson.own >= back
+            begin = past.shape[2] - back * CHUNK_LATENTS
+            seen = past[makes, :, begin - HISTORY_LATENTS : begin]
+            prompts = [prompt for prompt, each in zip(lesson.prompts, makes, strict=True) if each]
+            past[makes, :, begin : begin + CHUNK_LATENTS] = self._chunk(lesson.anchor[makes], seen, prompts)
+        return past[:, :, -HISTORY_LATENTS:]
+
+    def _chunk(self, anchor: Tensor, history: Tensor, prompts: list[Prompt]) -> Tensor:
+        """What the student makes of a past and a prompt, with one step for each stage: [B, K, 9, h, w]."""
+        model = self.student.transformer
+        context = model.begin_chunk(anchor, history, self.student.text_context(prompts))
+        b, k, _, h, w = history.shape
+        x = _coarse(torch.randn(b, k, CHUNK_LATENTS, h, w, generator=self.generator))
+        for stage in STAGES:
+            if stage.index > 0:
+                x = self._renoised(x, stage)
+            (point,) = _points(x, stage, 1)
+            x = x - point.sigma * model(x, point.timestep, context)
+        return x
+
+    def _renoised(self, before: Tensor, stage: Stage) -> Tensor:
+        """What `stage` begins with after the stage `before` it."""
+        before = double(before)
+        renoise = block_noise(tuple(before.shape), SCHEDULER.gamma, self.generator)
+        return stage.signal * before + stage.noise * renoise
 
     def _blindness(self, lesson: Lesson) -> Tensor:
         """How little the student's last look at the history of `lesson` tells of its motion: a mean cross-entropy."""
@@ -268,6 +294,19 @@ class Training:
         with torch.no_grad():
             for mean, now in zip(self.average.parameters(), self.student.parameters(), strict=True):
                 mean.lerp_(now, 1 - decay)
+
+
+def _coarse(noise: Tensor) -> Tensor:
+    """A chunk's noise as stage 0 begins with it."""
+    for _ in STAGES[1:]:
+        noise = halve(noise)
+    return noise
+
+
+def _points(start: Tensor, stage: Stage, count: int) -> tuple[Step, ...]:
+    """The steps of a stage. Tokens are counted before a stage doubles its sides (sampling/chunk.py)."""
+    tokens = start[0, 0].numel() // TOKEN_AREA // (1 if stage.index == 0 else 4)
+    return few_step_points(stage, count, tokens, SCHEDULER)
 
 
 def _pooled(latents_BKThw: Tensor, stage: int) -> Tensor:

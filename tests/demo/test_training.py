@@ -11,7 +11,7 @@ import torch
 from helios_core.config import CHUNK_FRAMES
 from helios_core.demo import codec, train_transformer, world
 from helios_core.demo.codec import LinearCodec
-from helios_core.demo.lessons import NO_MOTION, Lessons, Track, as_history, seed_of, steered
+from helios_core.demo.lessons import NO_MOTION, Lessons, Track, latest, seed_of, steered
 from helios_core.demo.train_transformer import STAGES, TRANSFORMER, Student, Training, text_config
 from helios_core.demo.words import TAUGHT_MOTIONS, random_scene
 from helios_core.sampling.chunk import ChunkSampler
@@ -67,8 +67,8 @@ def test_a_past_is_that_of_a_stream_state() -> None:
     chunks = [torch.randn(1, *CHUNK) for _ in range(4)]
     for chunk in chunks:
         state = state.after(chunk, torch.Generator())
-    assert torch.equal(as_history(torch.cat([chunk[0] for chunk in chunks[-3:]], dim=1)), state.history[0])
-    assert as_history(chunks[0][0])[:, :10].abs().max() == 0
+    assert torch.equal(latest(torch.cat([chunk[0] for chunk in chunks[-3:]], dim=1), 19), state.history[0])
+    assert latest(chunks[0][0], 19)[:, :10].abs().max() == 0
 
 
 def test_prompts_are_seen_as_in_sampling(student: Student) -> None:
@@ -100,7 +100,7 @@ def test_a_lesson_asks_what_sampling_asks(linear: LinearCodec, monkeypatch: pyte
     """The transformer sees the noise levels and latents that two steps of the few-step solver show it."""
     training = Training(linear, steps=1, tracks=8, firsts=2)
     training.lessons.ripe = True
-    lesson, stage = training.lessons.draw(1), STAGES[0]
+    lesson, stage = training.lessons.draw(1)._replace(own=torch.zeros(1, dtype=torch.int64)), STAGES[0]
     model = training.student.transformer
     asked: list[tuple[torch.Tensor, float]] = []
     forward = HeliosTransformer.forward
@@ -114,7 +114,8 @@ def test_a_lesson_asks_what_sampling_asks(linear: LinearCodec, monkeypatch: pyte
     monkeypatch.setattr(train_transformer, "STEP_COUNTS", (2,))
     with torch.no_grad():
         training._loss(lesson, stage)
-        context = model.begin_chunk(lesson.anchor, lesson.history, training.student.text_context(lesson.prompts))
+        history = lesson.past[:, :, -19:]
+        context = model.begin_chunk(lesson.anchor, history, training.student.text_context(lesson.prompts))
         taught, asked[:] = list(asked), []
 
         def velocity(latents: torch.Tensor, step: object) -> torch.Tensor:
@@ -125,6 +126,29 @@ def test_a_lesson_asks_what_sampling_asks(linear: LinearCodec, monkeypatch: pyte
     assert [t for _, t in taught] == [t for _, t in asked][: len(taught)] and len(taught) == (2 if later else 1)
     for (ours, _), (theirs, _) in zip(taught, asked, strict=False):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_a_student_goes_on_as_sampling_does(linear: LinearCodec) -> None:
+    training = Training(linear, steps=1, tracks=8, firsts=2)
+    plain = HeliosTransformer(TRANSFORMER)
+    plain.load_state_dict(training.student.transformer.state_dict())
+    sampler = ChunkSampler(plain, train_transformer.SCHEDULER, few_step, CLASSIFIER_FREE)
+    text = TextEncoder(training.student.tokenizer, training.student.text_encoder).encode("a red sun")
+    past = torch.randn(1, codec.CHANNELS, 19, 8, 16)
+    state = StreamState(2, past, past[:, :, :1], training.generator.get_state())
+    made = training._chunk(past[:, :, :1], past, [[("a red sun", 1.0)]])
+    torch.testing.assert_close(made, sampler.sample(text, state, (1, 1, 1)).latents, rtol=0, atol=1e-4)
+
+
+def test_some_of_what_a_student_sees_of_the_past_is_its_own(linear: LinearCodec) -> None:
+    training = Training(linear, steps=1, tracks=8, firsts=2)
+    training.lessons.ripe = True
+    lesson = training.lessons.draw(60)
+    history, true = training._history(lesson), lesson.past[:, :, -19:]
+    assert set(lesson.own.tolist()) == {0, 1, 2}
+    for own in (0, 1, 2):
+        same = (history == true).flatten(3).all(3).all(1)[lesson.own == own]  # [B, 19]
+        assert same[:, : 19 - 9 * own].all() and not same[:, 19 - 9 * own :].any(), own
 
 
 def test_a_few_steps_teach_something(linear: LinearCodec) -> None:
@@ -142,6 +166,6 @@ def test_a_lesson_tells_the_motion_of_its_past(linear: LinearCodec) -> None:
     """Of a clip's or a video's, not of a picture's, which shows none."""
     lessons = Lessons(linear, tracks=8, firsts=2, seed=0)
     lesson = lessons.draw(100)
-    nothing = lesson.history[:, :, -9:-1].abs().amax((1, 2, 3, 4)) == 0  # a picture is one frame
+    nothing = lesson.past[:, :, -9:-1].abs().amax((1, 2, 3, 4)) == 0  # a picture is one frame
     assert torch.equal(lesson.motion == NO_MOTION, nothing)
     assert lesson.motion.max() < len(TAUGHT_MOTIONS)
