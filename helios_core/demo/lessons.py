@@ -50,8 +50,9 @@ OLD_INPUT = 0.15  # share of the later chunks of which only the anchor is from a
 OWN = (0, 1, 2)  # how many chunks of a later one's past, the last ones, shall be the student's own; at random
 PAST_NOISE = 0.14  # most noise (deviation) on every other history, so that a video's small errors do not add up
 RECOLOURED = 0.25  # share of the chunks with a past whose prompt has new colours, or whose anchor had others
-FADING = 0.5  # share of the pasts in which fast change is weaker than it was, as in what a model makes: motion must be
-# read from where things are, too
+# Share of the pasts in which fast change is weaker than it was, as in what a model makes: motion must be read from
+# where things are, too.
+FADING = 0.5
 HIDING = 0.5  # share of the prompts that leave open what the past shows
 UNTOLD = 0.6  # share of the prompts that leave open the motion that the past shows
 NO_MOTION = -1
@@ -208,7 +209,8 @@ class Lessons:
             motion = list(TAUGHT_MOTIONS).index(before.motion or "still")
             before = replace(scene, shape=before.shape, ground=before.ground, motion=before.motion)
             hues, prompt = self._going_on(before, scene)
-            own = own if torch.equal(hues(0), hues(TRANSITION_CHUNKS)) else 0
+            if not torch.equal(hues(0), hues(TRANSITION_CHUNKS)):
+                own = 0  # the prompt is not the one that the past was made with
             frames = torch.cat([self._coloured(each, hues(len(past) - k)) for k, each in enumerate(past)], dim=1)
             if self.rng.random() < FADING:
                 frames = torch.where(self.linear.fleeting[:, None, None, None], self.rng.random() * frames, frames)

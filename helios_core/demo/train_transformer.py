@@ -221,7 +221,7 @@ class Training:
 
     def _loss(self, lesson: Lesson, stage: Stage) -> Tensor:
         """What is wrong with the student's guess of a stage's clean latents: a mean square, weighted by place and
-        channel. The stage before, as the past, is true but for some noise."""
+        channel. The stage before is true but for some noise; of the past see `_history`."""
         model = self.student.transformer
         history = self._history(lesson)
         context = model.begin_chunk(lesson.anchor, history, self.student.text_context(lesson.prompts))

@@ -36,7 +36,7 @@ def helios() -> Helios:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_held_out_prompts_are_followed(helios: Helios, preset: str) -> None:
-    asked = [each for each in held_out(12) if each[1] != FAINT][-7:]  # two of them name the sky
+    asked = [each for each in held_out(12) if preset == "1,1,1" or each[1] != FAINT][-7:]  # two of them name the sky
     assert all((scene.object_colour, scene.ground_colour) in HELD_OUT for scene, _ in asked)
     tally = Tally.of(from_text(helios, prompt, preset, seed) for _, prompt in asked for seed in (0, 1))
     assert tally.videos == 14
@@ -64,9 +64,8 @@ def test_a_picture_keeps_its_colours(helios: Helios) -> None:
 
 
 def test_a_clip_goes_on_with_its_motion_which_no_prompt_tells(helios: Helios) -> None:
-    begun = [(scene, prompt, seed) for seed, (scene, prompt) in enumerate(held_out(8, seed=1))]
-    moving = [each for each in begun if each[0].motion != "still"]
-    tally = Tally.of(from_video(helios, *each) for each in [*moving[:4], begun[0]])
+    begun = enumerate(held_out(7, seed=1))
+    tally = Tally.of(from_video(helios, scene, prompt, seed) for seed, (scene, prompt) in begun)
     assert tally.right["motion"] >= ENOUGH, tally
 
 
