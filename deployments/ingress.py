@@ -37,6 +37,7 @@ from deployments.graph import RemoteDirector
 from deployments.hls import init_response, playlist_response, segment_response
 from deployments.logs import log_with_serve
 from deployments.making import NotPossible, ReplicaLost
+from deployments.page import install_page
 from deployments.records import News, Page, VideoRequestRecord, VideoStatus
 from deployments.schemas import (
     ChangePrompt,
@@ -307,6 +308,7 @@ def http_app(
         await director.ready()
         return JSONResponse({"status": "ready", "models": list(models)})
 
+    install_page(app)
     return app
 
 

@@ -1,4 +1,5 @@
-"""Ten minutes of video, watched from the start: what the service holds for it does not grow, and its times stay exact.
+"""Ten minutes of video, watched from the start: what the service holds for it does not grow, nor what a browser holds,
+and its times stay exact.
 
 What a process holds is its resident memory without code and without the object store, which all share; that one is
 looked at by itself. Replicas that compute keep what they free (TENSORS in deployments/app.py): their heaps grow by
@@ -25,6 +26,7 @@ from deployments.watching import KEPT_BYTES
 from tests.deployments.boxes import read_boxes, reader
 from tests.deployments.test_faults import object_store_bytes, serve_actors
 from tests.deployments.test_service import pts_of
+from tests.deployments.viewer import VIDEO, Viewer, chromium, entering
 
 pytestmark = pytest.mark.ray
 
@@ -32,6 +34,7 @@ SECONDS, FRAMES, CHUNKS = 600, 14_400, 437
 WARM = 20  # chunks after which all that is allocated once has been
 WINDOW = 60  # chunks, of which the least counts: a process may be in the midst of one
 LATENTS = 9 * 16 * 8 * 8 * 4  # bytes of one chunk's at 64x64, the least that one could forget to let go
+BUFFERED = 2 * 60 + 30  # seconds in the browser, ahead and behind, beyond which it drops what is there
 COMPUTING = ("TextEncoder", "Sampler", "VaeDecoder")
 
 
@@ -93,3 +96,17 @@ def test_ten_minutes(http: httpx.Client, tmp_path: Path) -> None:
         assert late - early < LATENTS / 2 * (CHUNKS - WARM - WINDOW), f"{name}: {early} to {late} bytes"
     assert http.get(f"/v1/videos/{video_id}/content").content == path.read_bytes()
     assert pts_of(path) == [Fraction(i, 24) for i in range(FRAMES)]
+    with chromium() as browser, entering(browser, str(http.base_url), http) as enter:
+        watched_by(enter(), video_id)
+
+
+def watched_by(viewer: Viewer, video_id: str) -> None:
+    """On the page, sixteen times as fast. Afterwards also what is not buffered any more can be sought."""
+    viewer.open(video_id)
+    viewer.until(VIDEO)
+    viewer.ask(f"{VIDEO}.defaultPlaybackRate = 16")
+    viewer.until(f"{VIDEO}.ended")
+    assert viewer.ask(f"{VIDEO}.currentTime") == pytest.approx(SECONDS)
+    for frame in (0, 7000, 3):
+        assert viewer.frame_at((frame + 0.5) / 24)[0] == pytest.approx(frame / 24, abs=1e-3)
+    assert 60 < viewer.ask("seen.buffered") <= BUFFERED

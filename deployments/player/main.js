@@ -1,0 +1,78 @@
+// The page: which videos are watched is in its address, #/videos/{id} or, side by side, #/videos/{id}/{id}.
+
+import { Composer } from "./composer.js";
+import { Gallery } from "./gallery.js";
+import { Watch } from "./watch.js";
+
+const place = document.getElementById("watch");
+const composer = new Composer(document.getElementById("composer"), go);
+const gallery = new Gallery(document.getElementById("gallery"));
+let watches = [];
+
+function go(...videoIds) {
+  location.hash = videoIds.length ? `#/videos/${videoIds.join("/")}` : "#/";
+}
+
+function show() {
+  for (const watch of watches) watch.close();
+  const [, ids = ""] = location.hash.match(/^#\/videos\/(.+)$/) ?? [];
+  const shown = ids
+    .split("/")
+    .filter(Boolean)
+    .slice(0, 2)
+    .map((id) => new Watch(decodeURIComponent(id), go));
+  watches = shown;
+  place.replaceChildren(...shown.map(({ element }) => element));
+  place.classList.toggle("two", shown.length === 2);
+  document.title = shown.length ? "Video – Helios" : "Helios";
+  gallery.refresh();
+  if (shown.length === 2) playTogether(...shown.map(({ video }) => video));
+  for (const watch of shown) watch.open().catch((error) => lost(watch, error));
+}
+
+function lost(watch, error) {
+  const told = document.createElement("p");
+  told.className = "error";
+  told.setAttribute("role", "alert");
+  told.textContent = error.message;
+  watch.close();
+  watch.element.replaceChildren(told);
+  watch.element.hidden = false;
+}
+
+/** What is done to one of two videos is done to the other. */
+function playTogether(one, other) {
+  for (const [from, to] of [
+    [one, other],
+    [other, one],
+  ]) {
+    from.addEventListener("play", () => to.play().catch(() => {})); // it says itself why it does not
+    from.addEventListener("pause", () => from.ended || to.pause());
+    from.addEventListener("seeked", () => {
+      if (Math.abs(from.currentTime - to.currentTime) > 0.5) to.currentTime = from.currentTime;
+    });
+  }
+}
+
+const KEYS = {
+  n: () => composer.focus(),
+  k: (watch) => watch?.toggle(),
+  l: (watch) => watch?.press("newest"),
+  c: (watch) => watch?.focusPrompt(),
+  p: (watch) => watch?.press("pause"),
+  s: (watch) => watch?.press("stop"),
+  ArrowLeft: (watch) => watch?.step(-1),
+  ArrowRight: (watch) => watch?.step(1),
+};
+
+document.addEventListener("keydown", (event) => {
+  const { key, target } = event;
+  if (event.ctrlKey || event.metaKey || event.altKey || !(key in KEYS)) return;
+  if (target.matches("input, textarea, select, video")) return; // they have keys of their own
+  event.preventDefault();
+  KEYS[key](watches[0]);
+});
+
+addEventListener("hashchange", show);
+show();
+await composer.load();
