@@ -1,5 +1,7 @@
 // Forms that send what is in them, and show what the service says of a field beside that field.
 
+import { ApiError } from "./api.js";
+
 let count = 0;
 
 /** Sends a form with `send`, which may throw ApiError. One submission at a time. */
@@ -13,6 +15,7 @@ export function onSubmit(form, send) {
     try {
       await send();
     } catch (error) {
+      if (!(error instanceof ApiError)) throw error;
       show(form, error);
     } finally {
       button.disabled = false;

@@ -15,12 +15,8 @@ function go(...videoIds) {
 
 function show() {
   for (const watch of watches) watch.close();
-  const [, ids = ""] = location.hash.match(/^#\/videos\/(.+)$/) ?? [];
-  const shown = ids
-    .split("/")
-    .filter(Boolean)
-    .slice(0, 2)
-    .map((id) => new Watch(decodeURIComponent(id), go));
+  const [, ...ids] = location.hash.match(/^#\/videos\/(\w+)(?:\/(\w+))?$/) ?? [];
+  const shown = ids.filter(Boolean).map((id) => new Watch(id, go));
   watches = shown;
   place.replaceChildren(...shown.map(({ element }) => element));
   place.classList.toggle("two", shown.length === 2);

@@ -1,6 +1,6 @@
 // How fast to play a video that may be made slower than it plays: just so slow that it need not stop.
 
-export const SLOWEST = 0.75; // a slower motion would be noticed
+const SLOWEST = 0.75; // a slower motion would be noticed
 const RESERVE_S = 0.5; // that shall still be there when the next chunk comes
 const LOOK_BACK = 5; // chunks
 const HOLD_S = 5;

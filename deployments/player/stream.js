@@ -43,8 +43,6 @@ export class Stream {
     this.#closed.abort();
     this.#reading.abort();
     URL.revokeObjectURL(this.#video.src);
-    this.#video.removeAttribute("src");
-    this.#video.load();
   }
 
   /** Reads nothing before `done` is: what is asked of the service meanwhile may cut a response off. */
@@ -62,7 +60,7 @@ export class Stream {
       try {
         if (await this.#read(signal)) {
           if (this.#source.readyState === "open") this.#source.endOfStream();
-          await once(signal, "abort");
+          if (!signal.aborted) await once(signal, "abort");
         }
       } catch (error) {
         if (signal.aborted) continue;
@@ -214,9 +212,16 @@ function interrupted(error) {
   throw error.name === "AbortError" ? error : new Interrupted(error.message);
 }
 
+/** The next event of that name; fails if `signal` says so before. */
 function once(target, name, signal) {
   return new Promise((resolve, reject) => {
-    target.addEventListener(name, resolve, { once: true, signal });
-    signal?.addEventListener("abort", () => reject(signal.reason), { once: true });
+    if (signal?.aborted) return reject(signal.reason);
+    const stop = () => reject(signal.reason);
+    const heard = (event) => {
+      signal?.removeEventListener("abort", stop); // it outlives many events
+      resolve(event);
+    };
+    target.addEventListener(name, heard, { once: true, signal });
+    signal?.addEventListener("abort", stop, { once: true });
   });
 }

@@ -1,6 +1,6 @@
 // One video that is watched: played while it is made, steered, and what can follow from it.
 
-import { call, follow, urlOf } from "./api.js";
+import { ApiError, call, follow, urlOf } from "./api.js";
 import { filledIn, onSubmit } from "./forms.js";
 import { Pace } from "./pace.js";
 import { Stream, aheadOf } from "./stream.js";
@@ -17,6 +17,7 @@ export class Watch {
   #go;
   #closed = new AbortController();
   #status;
+  #told = null; // of it
   #chunks = []; // as /events tells of them
   #heard = new EventTarget(); // `chunk` for each of them, `end`
   #pace = new Pace();
@@ -63,6 +64,8 @@ export class Watch {
     this.#closed.abort();
     this.#stream?.close();
     this.video.pause();
+    this.video.removeAttribute("src");
+    this.video.load(); // which lets go of what was loaded
   }
 
   seek(seconds) {
@@ -75,7 +78,7 @@ export class Watch {
   }
 
   toggle() {
-    if (this.video.paused) this.video.play();
+    if (this.video.paused) this.#start();
     else this.video.pause();
   }
 
@@ -112,8 +115,12 @@ export class Watch {
       video.src = urlOf(`videos/${this.#id}/hls/index.m3u8`);
       video.currentTime = at;
     }
-    // A browser that plays nothing by itself leaves it to the viewer.
-    video.play().catch((error) => error.name === "AbortError" || this.#say("Press play."));
+    this.#start();
+  }
+
+  #start() {
+    // What came between was a pause or another video; and a browser that plays nothing by itself leaves it to the viewer.
+    this.video.play().catch((error) => error.name === "AbortError" || this.#say("Press play."));
   }
 
   #next() {
@@ -175,15 +182,15 @@ export class Watch {
     this.#hide("[data-form=prompt], [data-do=pause], [data-do=stop], [data-do=newest]", this.#ended);
     this.#hide("[data-do=download]", !this.#ended || !status.usage.chunks);
     this.#hide(".after", !this.#ended);
+    this.#forms.fork.elements.chunk.max = status.usage.chunks;
     this.#hide("[data-form=extend], [data-form=fork]", status.status !== "completed");
     this.#text("[data-do=pause]", paused ? "Resume making" : "Pause making");
     Object.assign(this.element.querySelector("[data-do=download]"), { href: this.#file, download: `${this.#id}.mp4` });
     if (!was) {
       this.element.hidden = false;
-      const { fork, remix, compare } = this.#forms;
+      const { remix, compare } = this.#forms;
       remix.elements.prompt.value = prompt;
       compare.elements.seed.value = seed + 1;
-      fork.elements.chunk.max = status.usage.chunks;
     }
     const told = {
       queued: queued === null ? "Begins." : `Waits for a sampler; ${queued} before it.`,
@@ -194,8 +201,6 @@ export class Watch {
     }[status.status];
     if (this.#told !== told) this.#say((this.#told = told), status.note);
   }
-
-  #told = null;
 
   get #ended() {
     return ["completed", "failed", "cancelled"].includes(this.#status.status);
@@ -260,8 +265,9 @@ export class Watch {
     });
     this.#does("newest", () => this.seek(this.#chunks.at(-1)?.pts_s ?? 0));
     this.#does("link", async () => {
-      await navigator.clipboard.writeText(location.href);
-      this.#say("The link is copied.");
+      // There is no clipboard over plain HTTP from another machine, and a browser may refuse it.
+      const copied = await navigator.clipboard?.writeText(location.href).then(() => true, () => false);
+      this.#say(copied ? "The link is copied." : location.href);
     });
     this.#does("delete", async () => {
       if (!confirm("Delete this video for everybody?")) return;
@@ -284,6 +290,7 @@ export class Watch {
       try {
         await act();
       } catch (error) {
+        if (!(error instanceof ApiError)) throw error;
         this.#say(error.message);
       } finally {
         button.disabled = false;
