@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterator
+import subprocess
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,22 @@ async def service(tmp_path: Path) -> AsyncIterator[LocalService]:
     """Director, store, replicas and HTTP in this process, on the stand-in with random weights."""
     async with serving(tmp_path) as service:
         yield service
+
+
+Npm = Callable[[str], Path]
+
+
+@pytest.fixture(scope="session")
+def npm(pytestconfig: pytest.Config) -> Npm:
+    """Installs a package, name@version, from npm's registry on first use: the folder in which Node finds it."""
+
+    def npm(package: str) -> Path:
+        folder = pytestconfig.rootpath / "build" / package
+        options = ["--loglevel=error", "--prefer-offline", "--ignore-scripts", "--prefix", str(folder)]
+        subprocess.run(["npm", "install", *options, package], check=True)
+        return folder
+
+    return npm
 
 
 @pytest.fixture

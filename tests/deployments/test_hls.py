@@ -23,7 +23,7 @@ from deployments.content import AskNews, next_news
 from deployments.ingress import PLAYLIST_LOOKS
 from deployments.records import News, Status
 from deployments.store import new_video_id
-from tests.deployments.conftest import LocalService
+from tests.deployments.conftest import LocalService, Npm
 from tests.deployments.test_content import BODY, SIZES, cancel, delete, ended, get, put_video
 from tests.deployments.test_events import begun
 
@@ -244,21 +244,8 @@ async def listening(service: LocalService) -> AsyncIterator[str]:
 
 
 @pytest.fixture(scope="session")
-def hls_js(pytestconfig: pytest.Config) -> Path:
-    """A folder in which Node finds hls.js, from npm's registry on first use."""
-    folder = pytestconfig.rootpath / "build" / HLS_JS
-    npm = [
-        "npm",
-        "install",
-        "--loglevel=error",
-        "--prefer-offline",
-        "--ignore-scripts",
-        "--prefix",
-        str(folder),
-        HLS_JS,
-    ]
-    subprocess.run(npm, check=True)
-    return folder
+def hls_js(npm: Npm) -> Path:
+    return npm(HLS_JS)
 
 
 async def test_ffmpeg_plays_a_video_that_is_being_made(service: LocalService, tmp_path: Path) -> None:

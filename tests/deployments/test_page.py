@@ -5,8 +5,8 @@ to play.
 from __future__ import annotations
 
 import base64
-import subprocess
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import av
@@ -21,6 +21,7 @@ from deployments.service import run_service
 from helios_core.config import CHUNK_FRAMES
 from helios_core.demo.score import score
 from tests.core.media_files import write_samples
+from tests.deployments.conftest import Npm
 from tests.deployments.line import Line
 from tests.deployments.viewer import PROMPT, SHOWN, VIDEO, Enter, Viewer, chromium, entering
 
@@ -102,17 +103,16 @@ def test_after_a_reload_it_goes_on(enter: Enter) -> None:
 
 
 def test_a_line_that_is_cut_loses_nothing(enter: Enter, url: str) -> None:
-    line = Line(int(url.rpartition(":")[2]))
-    viewer = enter(at=line.url)
-    viewer.allowed = "ERR_CONNECTION|ERR_INCOMPLETE|ERR_EMPTY|ERR_NETWORK|ERR_SOCKET"
-    viewer.make(Seconds=str(5 * CHUNK))
-    viewer.played(1)
-    assert line.cut() >= 2  # the video's and its events'
-    viewer.page.wait_for_timeout(3000)
-    line.mend()
-    assert viewer.to_the_end() == 5 * CHUNK_FRAMES
-    expect(viewer.state).to_have_text("Whole.")
-    line.close()
+    with closing(Line(int(url.rpartition(":")[2]))) as line:
+        viewer = enter(at=line.url)
+        viewer.allowed = "ERR_CONNECTION|ERR_INCOMPLETE|ERR_EMPTY|ERR_NETWORK|ERR_SOCKET"
+        viewer.make(Seconds=str(5 * CHUNK))
+        viewer.played(1)
+        assert line.cut() >= 2  # the video's and its events'
+        viewer.page.wait_for_timeout(3000)
+        line.mend()
+        assert viewer.to_the_end() == 5 * CHUNK_FRAMES
+        expect(viewer.state).to_have_text("Whole.")
 
 
 def test_two_watch_one_video(enter: Enter) -> None:
@@ -183,12 +183,12 @@ def test_a_new_prompt_is_seen(enter: Enter) -> None:
     assert 1 <= chunk < 4
 
 
-def test_every_picture_can_be_sought(enter: Enter, finished: str, tmp_path: Path) -> None:
+def test_every_picture_can_be_sought(enter: Enter, finished: str) -> None:
     viewer = enter()
     viewer.open(finished)
     viewer.until(VIDEO)
     assert viewer.to_the_end() == 3 * CHUNK_FRAMES
-    frames = np.stack(viewer.file(finished, tmp_path)).astype(int)
+    frames = np.stack(viewer.file(finished)).astype(int)
     for frame in (0, 98, 33, 32, 50, 51, 66):
         time, pixels = viewer.frame_at((frame + 0.5) / 24)
         assert time == pytest.approx(frame / 24, abs=1e-3)
@@ -354,10 +354,8 @@ def test_without_media_source_it_plays_hls(enter: Enter, finished: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("axe")
-    subprocess.run(["npm", "install", "--silent", "--prefix", str(folder), AXE], check=True)
-    return (folder / "node_modules/axe-core/axe.min.js").read_text()
+def axe(npm: Npm) -> str:
+    return (npm(AXE) / "node_modules/axe-core/axe.min.js").read_text()
 
 
 @pytest.mark.parametrize("colors", ["light", "dark"])

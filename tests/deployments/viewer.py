@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import io
 import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import av
@@ -121,11 +121,9 @@ class Viewer:
         answer: dict[str, Any] = self.http.get(f"/v1/videos/{video_id}").json()
         return answer
 
-    def file(self, video_id: str, folder: Path) -> list[npt.NDArray[np.uint8]]:
+    def file(self, video_id: str) -> list[npt.NDArray[np.uint8]]:
         """The finished video's frames, as PyAV decodes them."""
-        path = folder / f"{video_id}.mp4"
-        path.write_bytes(self.http.get(f"/v1/videos/{video_id}/content").content)
-        with av.open(str(path)) as container:
+        with av.open(io.BytesIO(self.http.get(f"/v1/videos/{video_id}/content").content)) as container:
             return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
 
 
