@@ -460,9 +460,10 @@ class Director:
         turns = self._turns.get(record.spec.model)  # a stored video's model may be served no more
         return VideoStatus.of(record, None if turns is None else turns.place(record.id))
 
-    def _cancel(self, video: RunningVideo) -> None:
+    def _cancel(self, video: RunningVideo, failure: VideoError | None = None) -> None:
+        """Stops the making of a video, which ends as cancelled, or as failed because of `failure`."""
         if not video.ending and not video.cancelled:
-            video.cancelled = True
+            video.cancelled, video.failure = True, failure
             video.making.cancel()
 
     @contextmanager
@@ -491,7 +492,10 @@ class Director:
     async def _lead(self, video: RunningVideo) -> None:
         """Waits until the video is made, or not, and ends it."""
         with self._tracer.span("video", video.request.traceparent, video_id=video.request.id) as span:
-            await asyncio.wait([video.making])
+            await asyncio.wait([video.making], timeout=_time_left(video.request))
+            if not video.making.done():
+                self._cancel(video, _too_late(video.request))
+                await asyncio.wait([video.making])
             if self._stopping:
                 return  # it stays active in the store, for the next Director to find
             video.ending = True
@@ -518,7 +522,7 @@ class Director:
 
     async def _end(self, video: RunningVideo, status: Status, error: VideoError | None) -> None:
         if turns := self._turns.get(video.request.spec.model):
-            turns.forget(video.request.id)
+            turns.forget(video.request.id, video.request.owner)
         if video.unwatched is not None:
             video.unwatched.cancel()
         changes: dict[str, Any] = {"status": status, "error": error, "completed_at": time.time(), "paused": False}
@@ -576,11 +580,21 @@ def _raise_superseded(making: asyncio.Task[None]) -> None:
             raise leaf
 
 
+def _time_left(request: VideoRequestRecord) -> float | None:
+    """Seconds until a video's deadline, below 0 if that has passed; None if it has none."""
+    return None if request.deadline_s is None else request.created_at + request.deadline_s - time.time()
+
+
+def _too_late(request: VideoRequestRecord) -> VideoError:
+    message = f"the deadline passed: deadline_s is {request.deadline_s:g}, counted from the acceptance"
+    return VideoError(code="deadline_exceeded", message=message)
+
+
 def _outcome(video: RunningVideo) -> tuple[Status, VideoError | None]:
     """How the making of a video ended."""
     if video.making.cancelled():
         if video.cancelled:
-            return "cancelled", None
+            return ("cancelled", None) if video.failure is None else ("failed", video.failure)
         return "failed", _reported(video.request, asyncio.CancelledError("a call was dropped"))
     error = video.making.exception()
     return ("completed", None) if error is None else ("failed", _reported(video.request, error))

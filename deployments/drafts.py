@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from typing import TypeVar
 
 from fastapi import Request
 
@@ -21,11 +22,20 @@ from deployments.director import NoSuchVideo
 from deployments.errors import RequestError, status_of
 from deployments.making import NotPossible
 from deployments.records import Origin, StoredObject, VideoRequestRecord, VideoStatus
-from deployments.schemas import CreateVideo, EditVideo, ExtendVideo, ForkVideo, RemixVideo
+from deployments.scheduling import Priority
+from deployments.schemas import CreateVideo, EditVideo, ExtendVideo, ForkVideo, NewVideo, RemixVideo
 from deployments.store import Claim, Store, is_video_id, new_video_id
 from helios_core.errors import HeliosError, InvalidInput, shown
 from helios_core.media.read import probe
-from helios_core.spec import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, VIDEO_TO_VIDEO, ModelCard, VideoSpec, check_lead
+from helios_core.spec import (
+    IMAGE_TO_VIDEO,
+    TEXT_TO_VIDEO,
+    VIDEO_TO_VIDEO,
+    ModelCard,
+    VideoSpec,
+    check_deadline,
+    check_lead,
+)
 
 # Each is a process that may take 150 MB; its wall time is limited, and so must not be spent on waiting for a core.
 PROBES_AT_ONCE = 2
@@ -33,6 +43,7 @@ PROBES_AT_ONCE = 2
 KEY = "Idempotency-Key"
 KEY_FORM = re.compile(r"[ -~]{1,255}")
 
+N = TypeVar("N", bound=NewVideo)
 NewId = Callable[[], Awaitable[str]]
 """Gives the new video's id. It is asked for when nothing is wrong with a request, and before anything is stored."""
 
@@ -43,6 +54,8 @@ class Draft:
 
     id: str
     spec: VideoSpec
+    priority: Priority
+    deadline_s: float | None
     input: StoredObject | None = None
     origin: Origin | None = None
     lead_seconds: float | None = None
@@ -69,18 +82,18 @@ class Drafts:
 
     async def new(self, body: Body, new_id: NewId) -> Draft:
         """A text-to-video, or with a file an image- or video-to-video."""
-        fields = body.parse(CreateVideo, file="input_reference")
+        fields = self._parsed(body, CreateVideo, "input_reference")
         upload = body.file("input_reference")
         if upload is None:
             spec = self._spec(fields, TEXT_TO_VIDEO)
-            return Draft(await new_id(), spec, lead_seconds=fields.lead_seconds)
+            return Draft(await new_id(), spec, fields.priority, fields.deadline_s, lead_seconds=fields.lead_seconds)
         self._spec(fields, IMAGE_TO_VIDEO)  # what is wrong anyway is said before the file is looked at
         async with on_disk(upload) as path:
             return await self._with_input(fields, "input_reference", path, new_id)
 
     async def edited(self, body: Body, new_id: NewId) -> Draft:
         """A video-to-video, in OpenAI's forms: of a file, or of a finished video of this service."""
-        fields = body.parse(EditVideo, file="video")
+        fields = self._parsed(body, EditVideo, "video")
         upload = body.file("video")
         if (upload is None) == (fields.video is None):
             raise InvalidInput("video", None if upload is None else "both", "a file, or the id of a video as {id}")
@@ -95,25 +108,34 @@ class Drafts:
             return await self._with_input(fields, "video", Path(file.name), new_id)
 
     async def extended(self, body: Body, new_id: NewId, source_id: str) -> Draft:
-        more = body.parse(ExtendVideo)
+        more = self._parsed(body, ExtendVideo)
         source = self._served(await self._completed(source_id))
         chunks = source.usage.chunks
         spec = source.spec.extend(more.seconds, chunks, more.prompt, more.transition_chunks, self._config.limits)
-        return Draft(await new_id(), spec, origin=Origin(how="extend", video_id=source_id, chunks=chunks))
+        origin = Origin(how="extend", video_id=source_id, chunks=chunks)
+        return Draft(await new_id(), spec, more.priority, more.deadline_s, origin=origin)
 
     async def forked(self, body: Body, new_id: NewId, source_id: str) -> Draft:
-        other = body.parse(ForkVideo)
+        other = self._parsed(body, ForkVideo)
         source = self._served(await self._completed(source_id))
         spec = source.spec.fork(
             other.chunk, other.prompt, other.transition_chunks, other.seed, other.seconds, self._config.limits
         )
-        return Draft(await new_id(), spec, origin=Origin(how="fork", video_id=source_id, chunks=other.chunk))
+        origin = Origin(how="fork", video_id=source_id, chunks=other.chunk)
+        return Draft(await new_id(), spec, other.priority, other.deadline_s, origin=origin)
 
     async def remixed(self, body: Body, new_id: NewId, source_id: str) -> Draft:
-        other = body.parse(RemixVideo)
+        other = self._parsed(body, RemixVideo)
         source = self._served(await self._status(source_id))
         spec = source.spec.remix(other.prompt, self._config.limits)
-        return Draft(await new_id(), spec, origin=Origin(how="remix", video_id=source_id))
+        origin = Origin(how="remix", video_id=source_id)
+        return Draft(await new_id(), spec, other.priority, other.deadline_s, origin=origin)
+
+    def _parsed(self, body: Body, kind: type[N], file: str | None = None) -> N:
+        """What `body` has of the fields that every new video may have, checked; the rest of it as `parse` leaves it."""
+        fields = body.parse(kind, file)
+        check_deadline(fields.deadline_s, self._config.limits)
+        return fields
 
     def _spec(self, fields: CreateVideo, task: str) -> VideoSpec:
         model = next(iter(self._models)) if fields.model is None else fields.model
@@ -143,7 +165,7 @@ class Drafts:
         video_id = await new_id()
         await self._store.prepare(video_id)  # an ingress that dies before the video is accepted leaves it to be removed
         media = await self._store.put_input(video_id, path)
-        return Draft(video_id, spec, input=media, lead_seconds=fields.lead_seconds)
+        return Draft(video_id, spec, fields.priority, fields.deadline_s, input=media, lead_seconds=fields.lead_seconds)
 
     async def _completed(self, video_id: str) -> VideoStatus:
         """How a video stands that has to be completed."""

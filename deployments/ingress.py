@@ -59,7 +59,7 @@ from helios_core.spec import (
     check_transition,
 )
 
-NOBODY = ""  # whose Idempotency-Keys they are: there are no accounts
+NOBODY = ""  # whose videos and Idempotency-Keys they are: there are no accounts
 PLAYLIST_LOOKS = 3  # at a video without a chunk: hls.js gives up on the third playlist without a segment
 POLL = {"openai-poll-after-ms": "500"}  # how soon OpenAI's client asks again
 
@@ -121,6 +121,9 @@ def http_app(
                 traceparent=parent,
                 while_watched=while_watched or wanted.spec.open_ended or wanted.lead_seconds is not None,
                 lead_seconds=wanted.lead_seconds,
+                owner=NOBODY,
+                priority=wanted.priority,
+                deadline_s=wanted.deadline_s,
             )
             return await once.create(video, director.create), {"traceparent": parent, **once.headers}
 

@@ -28,6 +28,7 @@ from deployments.records import (
     Run,
     SampleReport,
     StoredObject,
+    VideoError,
     VideoRecord,
     VideoRequestRecord,
 )
@@ -113,7 +114,15 @@ class ChunkLost(HeliosError):
 
 def first_record(request: VideoRequestRecord) -> VideoRecord:
     """Where a video stands of which nothing is there yet."""
-    return VideoRecord(id=request.id, created_at=request.created_at, spec=request.spec, origin=request.origin)
+    return VideoRecord(
+        id=request.id,
+        created_at=request.created_at,
+        spec=request.spec,
+        origin=request.origin,
+        owner=request.owner,
+        priority=request.priority,
+        deadline_s=request.deadline_s,
+    )
 
 
 class TextLost(HeliosError):
@@ -151,6 +160,7 @@ class RunningVideo:
         self.over = asyncio.Event()  # its end was told
         self.writing = asyncio.Lock()  # held by whoever puts the record, from reading the one that it follows
         self.cancelled = False  # somebody wants it to end
+        self.failure: VideoError | None = None  # why it is cancelled, if that is not because somebody asked for it
         self.ending = False  # nothing is left to cancel
         # Chunks whose texts are fixed: a change of the prompt begins with the next one.
         self.issued = max(len(self.record.chunks), self.record.start.seen if self.record.start else 0)
@@ -161,7 +171,8 @@ class RunningVideo:
         self.watchers = 0
         # An earlier Director did not say how much of it was played: as little as its lead allowed.
         made_s, lead_s = sum(chunk.frames for chunk in self.record.chunks) / request.spec.fps, request.lead_seconds
-        self.playback = Playback(lead_s, min(made_s, (lead_s or 0.0) + CHUNK_FRAMES / request.spec.fps))
+        unseen_s = min(made_s, (lead_s or 0.0) + CHUNK_FRAMES / request.spec.fps)
+        self.playback = Playback(lead_s, unseen_s, asyncio.get_running_loop().time())
         self.unwatched: asyncio.TimerHandle | None = None
         self.making: asyncio.Task[None]  # its chunks; this is what a cancel stops
         self.leading: asyncio.Task[None]  # the video, to its end; never cancelled
@@ -178,6 +189,10 @@ class RunningVideo:
         self.watchers += 1
         if self.playback.watched(asyncio.get_running_loop().time()):
             self.update(self.record)  # who waits for the first one goes on
+
+    def begun_s(self, chunk: int) -> float:
+        """How many seconds of the video before a chunk have begun to be made and are not there yet."""
+        return (chunk - len(self.record.chunks)) * CHUNK_FRAMES / self.request.spec.fps
 
     def call(self, attempt: int, span: Span | None = None) -> Call:
         """A call to a replica whose work is a part of `span`, or of the video's own span."""
@@ -341,7 +356,10 @@ class Maker:
             while True:
                 await self._wanted(video, index)
                 asked = time.time_ns()
-                async with self._turns[spec.model].turn(video.request.id, again=number > 0):
+                deadline = video.playback.deadline(video.begun_s(index))
+                async with self._turns[spec.model].turn(
+                    video.request.id, video.request.owner, video.request.priority, deadline, again=number > 0
+                ):
                     now = time.time_ns()
                     self._tracer.start("wait", call.traceparent, start_time=asked).end(now)
                     self._metrics.waited((now - asked) / 1e9)
@@ -356,10 +374,9 @@ class Maker:
 
     async def _wanted(self, video: RunningVideo, index: int) -> None:
         """Returns when a chunk is wanted: the video is not paused, nor made too far ahead of its playback."""
-        clock, fps = asyncio.get_running_loop().time, video.request.spec.fps
+        clock = asyncio.get_running_loop().time
         while True:
-            begun_s = (index - len(video.record.chunks)) * CHUNK_FRAMES / fps
-            wait = math.inf if video.record.paused else video.playback.wait(begun_s, clock())
+            wait = math.inf if video.record.paused else video.playback.wait(video.begun_s(index), clock())
             if wait <= 0:
                 return
             with suppress(TimeoutError):

@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from deployments.scheduling import Priority
 from helios_core.spec import VideoSpec
 
 Status = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
@@ -106,6 +107,9 @@ class VideoRequestRecord(Record):
     `while_watched`: the video is made only as long as somebody watches it.
     `lead_seconds`: so far ahead of its playback it may be made; None: as far as it goes.
     `fingerprint`: of the model that was to make it, as the Graph tells it.
+    `owner`: who asked for it; between owners turns are taken first.
+    `deadline_s`: so many seconds after `created_at` it ends as failed, if it has not ended by then; None: it may take
+    as long as it takes.
     """
 
     id: str
@@ -117,6 +121,9 @@ class VideoRequestRecord(Record):
     while_watched: bool = False
     lead_seconds: float | None = None
     fingerprint: str | None = None
+    owner: str = ""
+    priority: Priority = "realtime"
+    deadline_s: float | None = None
 
 
 class Start(Record):
@@ -134,7 +141,8 @@ class VideoRecord(Record):
     """Where a video stands: videos/{id}/record.t{term}.json. The highest term counts.
 
     `spec`: the one that was asked for, with the changes of the prompt since; that of an open-ended video has its length
-    once it is completed. `paused`: its next chunk waits until somebody wants it.
+    once it is completed. `paused`: its next chunk waits until somebody wants it. `owner`, `priority`, `deadline_s`: the
+    request's.
     """
 
     id: str
@@ -150,6 +158,9 @@ class VideoRecord(Record):
     completed_at: float | None = None
     error: VideoError | None = None
     paused: bool = False
+    owner: str = ""
+    priority: Priority = "realtime"
+    deadline_s: float | None = None
 
     def with_chunk(self, rendered: Rendered, run: Run | None) -> VideoRecord:
         """This record with its next chunk, which was made under `run`."""
@@ -200,6 +211,9 @@ class VideoStatus(Record):
     runs: tuple[Run, ...]
     queue_position: int | None
     paused: bool
+    owner: str
+    priority: Priority
+    deadline_s: float | None
 
     @classmethod
     def of(cls, record: VideoRecord, queue_position: int | None) -> VideoStatus:
@@ -221,6 +235,9 @@ class VideoStatus(Record):
             runs=record.runs,
             queue_position=queue_position,
             paused=record.paused,
+            owner=record.owner,
+            priority=record.priority,
+            deadline_s=record.deadline_s,
         )
 
     @property

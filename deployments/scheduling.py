@@ -1,43 +1,117 @@
 """Whose turn it is: which of the videos that want a chunk now get a sampler. Pure functions over plain values.
 
-Videos take turns chunk by chunk, like processes under a fair scheduler: each has a number of turns taken, the fewest go
-first, and whoever asked earlier among equals. A newcomer, or a video that could not ask for a while, starts at the
-round that the others are in, less one turn of credit: it is not owed the turns that it did not ask for.
+Between owners first: the one whose last turn is the longest ago goes first, so that two who both wait take turns one by
+one, however many videos either has. A newcomer goes last: it is owed nothing, and a stream of newcomers passes nobody.
+
+Then between the videos of an owner. The realtime ones go by the earliest deadline, at which a viewer runs out; who is
+late already is as late as any other, and among equals goes who has taken the fewest turns, then who asked first. The
+batch ones go by turns alone. A video that is new, or could not ask for a while, starts at the round that its owner's
+others are in, less one turn of credit: it is not owed the turns that it did not ask for.
+
+Batch yields to realtime, but for one turn in BATCH_EVERY, so that it never starves: inside an owner, and between
+owners, where one who has only batch videos waiting yields to the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+Priority = Literal["realtime", "batch"]
+BATCH_EVERY = 10
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Waiting:
-    """A video that wants a chunk now. `turns`: how many it has taken; `asked`: its place in the order of asking."""
+    """A video that wants a chunk now. `deadline`: when its viewer runs out, in seconds by the event loop's clock;
+    `turns`: how many it has taken; `asked`: its place in the order of all askings and turns."""
 
     video_id: str
+    owner: str
+    priority: Priority
+    deadline: float
     turns: int
     asked: int
 
 
-def in_order(waiting: Iterable[Waiting]) -> list[Waiting]:
-    """The order in which they get a sampler."""
-    return sorted(waiting, key=lambda video: (video.turns, video.asked))
+@dataclass(frozen=True)
+class Taken:
+    """What an owner has taken. `last`: the place of its last turn in the order of all askings and turns, or of its
+    asking if it is a newcomer; `since_batch`: its turns since the last one of a batch video; `round_`: the round that
+    its videos are in, which never falls, and goes on with the turn of whichever has taken the most, or of a new one."""
+
+    last: int
+    since_batch: int = 0
+    round_: int = 0
+
+    def with_turn(self, video: Waiting, new: bool, last: int) -> Taken:
+        """`new`: it is the video's first turn, which opens the next round: else a stream of new videos would keep those
+        waiting who had their first turn."""
+        return Taken(last, turns_since_batch(self.since_batch, [video]), max(self.round_, video.turns + new))
 
 
-def granted(waiting: Iterable[Waiting], sampling: int, samplers: int) -> list[Waiting]:
-    """Those that get a sampler now. `sampling`: calls under way; `samplers`: replicas that live."""
-    return in_order(waiting)[: max(0, samplers - sampling)]
+def in_order(waiting: Iterable[Waiting], taken: Mapping[str, Taken], since_batch: int, now: float) -> list[Waiting]:
+    """The order in which they get a sampler, if nobody else asks. `taken`: by each owner; `since_batch`: turns since
+    the last one of an owner with batch videos alone; `now`: by the clock of the deadlines."""
+    of_owner: dict[str, list[Waiting]] = {}
+    for video in waiting:
+        of_owner.setdefault(video.owner, []).append(video)
+    own = {owner: deque(_own_order(videos, taken[owner].since_batch, now)) for owner, videos in of_owner.items()}
+    realtime_left = Counter(video.owner for videos in own.values() for video in videos if video.priority == "realtime")
+    owners = sorted(own, key=lambda owner: taken[owner].last)
+    realtime = deque(owner for owner in owners if realtime_left[owner])
+    batch = deque(owner for owner in owners if not realtime_left[owner])
+    order = []
+    for owner in _sharing(realtime, batch, since_batch):
+        video = own[owner].popleft()
+        order.append(video)
+        realtime_left[owner] -= video.priority == "realtime"
+        if own[owner]:  # its last turn is now the latest of all
+            (realtime if realtime_left[owner] else batch).append(owner)
+    return order
 
 
-def place(waiting: Iterable[Waiting], video_id: str) -> int | None:
-    """How many get a sampler before this one; None if it does not wait."""
-    ids = [video.video_id for video in in_order(waiting)]
+def _own_order(videos: Iterable[Waiting], since_batch: int, now: float) -> Iterator[Waiting]:
+    """Of the videos of one owner."""
+    by_turns = sorted(videos, key=lambda video: (video.turns, video.asked))
+    realtime = [video for video in by_turns if video.priority == "realtime"]
+    batch = [video for video in by_turns if video.priority == "batch"]
+    return _sharing(deque(sorted(realtime, key=lambda video: max(video.deadline, now))), deque(batch), since_batch)
+
+
+def _sharing(realtime: deque[T], batch: deque[T], since_batch: int) -> Iterator[T]:
+    """Empties two queues, which may grow meanwhile."""
+    while realtime or batch:
+        if batch and (not realtime or since_batch >= BATCH_EVERY - 1):
+            since_batch = 0
+            yield batch.popleft()
+        else:
+            since_batch += 1
+            yield realtime.popleft()
+
+
+def turns_since_batch(before: int, candidates: Iterable[Waiting]) -> int:
+    """The turns since the last one of batch, with one more: it counts as batch if only batch videos could have it."""
+    return 0 if all(video.priority == "batch" for video in candidates) else before + 1
+
+
+def granted(order: list[Waiting], sampling: int, samplers: int) -> list[Waiting]:
+    """Those that get a sampler now. `order`: of all who wait; `sampling`: calls under way; `samplers`: replicas that
+    live."""
+    return order[: max(0, samplers - sampling)]
+
+
+def place(order: Iterable[Waiting], video_id: str) -> int | None:
+    """How many get a sampler before this one; None if it does not wait. `order`: of all who do."""
+    ids = [video.video_id for video in order]
     return ids.index(video_id) if video_id in ids else None
 
 
 def turns_on_asking(turns: int | None, round_: int) -> int:
-    """What counts as taken by a video that asks for a sampler. `turns`: what it took, None if it is new;
-    `round_`: the round that the others are in. It never falls, and goes on with the turn of whoever has taken the most,
-    or of a newcomer."""
+    """What counts as taken by a video that asks for a sampler. `turns`: what it took, None if it is new; `round_`: the
+    round that its owner's videos are in."""
     return round_ if turns is None else max(turns, round_ - 1)

@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from deployments.config import AppConfig
 from deployments.records import Page, VideoStatus
+from deployments.scheduling import Priority
 from helios_core.config import CHUNK_FRAMES, NATIVE_FPS
 from helios_core.errors import InvalidInput
 from helios_core.spec import TRANSITION_CHUNKS, Limits, ModelCard, PromptAt, PromptChange, VideoRequest, VideoSpec
@@ -126,7 +127,14 @@ SEED = "a whole number from 0 to 2^63-1"
 TRANSITION = "a whole number: over how many chunks the new prompt takes the old one's place"
 
 
-class CreateVideo(Fields):
+class NewVideo(Fields):
+    """What every body that asks for a new video may say: how its turns come, and how long it may take to be made."""
+
+    priority: Priority = Field("realtime", description="realtime or batch")
+    deadline_s: SecondsOrNull = Field(None, description=SECONDS)
+
+
+class CreateVideo(NewVideo):
     """The body of POST /v1/videos and POST /v1/videos/stream, besides the file `input_reference`."""
 
     rival_names = RIVAL_NAMES
@@ -187,7 +195,7 @@ class ChangePrompt(Fields):
     transition_chunks: int = Field(TRANSITION_CHUNKS, description=TRANSITION)
 
 
-class ExtendVideo(Fields):
+class ExtendVideo(NewVideo):
     """The body of POST /v1/videos/{id}/extend. `seconds`: how much longer."""
 
     seconds: Seconds = Field(5.0, description=SECONDS)
@@ -195,7 +203,7 @@ class ExtendVideo(Fields):
     transition_chunks: int = Field(TRANSITION_CHUNKS, description=TRANSITION)
 
 
-class ForkVideo(Fields):
+class ForkVideo(NewVideo):
     """The body of POST /v1/videos/{id}/fork. `seconds`: of the new video, in all."""
 
     chunk: int = Field(description="a whole number: the first chunk that is the new video's own")
@@ -205,7 +213,7 @@ class ForkVideo(Fields):
     seconds: SecondsOrNull = Field(None, description=SECONDS)
 
 
-class RemixVideo(Fields):
+class RemixVideo(NewVideo):
     """The body of POST /v1/videos/{id}/remix."""
 
     prompt: str = Field(description=PROMPT)
@@ -243,6 +251,8 @@ def video_object(status: VideoStatus, card: ModelCard | None) -> dict[str, Any]:
         "status": status.status,
         "queue_position": status.queue_position,
         "paused": status.paused,
+        "priority": status.priority,
+        "deadline_s": status.deadline_s,
         "progress": 0 if spec.open_ended else 100 * usage.chunks // spec.chunks,
         "created_at": int(status.created_at),
         "completed_at": None if status.completed_at is None else int(status.completed_at),
@@ -320,6 +330,7 @@ def model_object(card: ModelCard, config: AppConfig) -> dict[str, Any]:
             "pixels": limits.max_pixels,
             "seconds": limits.max_seconds,
             "open_seconds": limits.max_open_seconds,
+            "deadline_seconds": limits.max_deadline_seconds,
             "prompt_bytes": limits.max_prompt_bytes,
             "prompts": limits.max_prompts,
             "transition_chunks": limits.max_transition_chunks,

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from deployments import scheduling
-from deployments.scheduling import Waiting
+from deployments.scheduling import Priority, Taken, Waiting
 
 LOOK_AGAIN_S = 0.5  # how soon a sampler that has just come up is used while others are busy
 
@@ -19,9 +19,10 @@ class Turns:
     def __init__(self, samplers: Callable[[], int]) -> None:
         self._samplers = samplers
         self._waiting: dict[str, tuple[Waiting, asyncio.Future[None]]] = {}
-        self._turns: dict[str, int] = {}  # taken by each video that may ask again
-        self._round = 0
-        self._asked = itertools.count()
+        self._turns: dict[str, dict[str, int]] = {}  # owner ▸ video ▸ taken by it, of each that may ask again
+        self._taken: dict[str, Taken] = {}  # by the owners of these videos and of those that wait
+        self._since_batch = 0  # turns since the last one of an owner with batch videos alone
+        self._places = itertools.count()  # in the order of all askings and turns
         self._look_again: asyncio.TimerHandle | None = None
         self.sampling = 0  # turns under way
 
@@ -31,16 +32,20 @@ class Turns:
 
     def place(self, video_id: str) -> int | None:
         """How many videos get a sampler before this one; None if it does not wait for one."""
-        return scheduling.place(self._everybody(), video_id)
+        return scheduling.place(self._order(), video_id) if video_id in self._waiting else None
 
     @asynccontextmanager
-    async def turn(self, video_id: str, again: bool = False) -> AsyncIterator[None]:
-        """Waits for the video's turn and holds it until the block ends. `again`: the turn before was lost, and does not
-        count."""
-        turns = scheduling.turns_on_asking(self._turns.get(video_id), self._round)
+    async def turn(
+        self, video_id: str, owner: str, priority: Priority, deadline: float, again: bool = False
+    ) -> AsyncIterator[None]:
+        """Waits for the video's turn and holds it until the block ends. `deadline`: when its viewer runs out, by the
+        loop's clock; `again`: the turn before was lost, and does not count."""
+        asked = next(self._places)
+        taken = self._taken.setdefault(owner, Taken(last=asked))
+        turns = scheduling.turns_on_asking(self._turns.get(owner, {}).get(video_id), taken.round_)
         if again:
             turns = max(0, turns - 1)
-        place = Waiting(video_id, turns, next(self._asked))
+        place = Waiting(video_id, owner, priority, deadline, turns, asked)
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting[video_id] = place, turn
         try:
@@ -52,22 +57,35 @@ class Turns:
                 self.sampling -= 1
             else:
                 del self._waiting[video_id]  # left before its turn came
-            self._grant()
+            # Not at once: a video whose next chunk is wanted asks for it before the loop goes on, and is to be there
+            # when it is seen who goes next. Else batch would have every other turn beside a single realtime video.
+            asyncio.get_running_loop().call_soon(self._grant)
 
-    def forget(self, video_id: str) -> None:
+    def forget(self, video_id: str, owner: str) -> None:
         """The video asks no more."""
-        self._turns.pop(video_id, None)
+        videos = self._turns.get(owner, {})
+        videos.pop(video_id, None)
+        if not videos:
+            self._turns.pop(owner, None)
+            if all(place.owner != owner for place, _ in self._waiting.values()):
+                self._taken.pop(owner, None)
 
     def _everybody(self) -> list[Waiting]:
         return [place for place, turn in self._waiting.values() if not turn.cancelled()]
 
+    def _order(self) -> list[Waiting]:
+        now = asyncio.get_running_loop().time()
+        return scheduling.in_order(self._everybody(), self._taken, self._since_batch, now)
+
     def _grant(self) -> None:
-        for place in scheduling.granted(self._everybody(), self.sampling, self._samplers()):
+        for place in scheduling.granted(self._order(), self.sampling, self._samplers()):
+            own = [other for other in self._everybody() if other.owner == place.owner]
+            self._since_batch = scheduling.turns_since_batch(self._since_batch, own)
+            videos = self._turns.setdefault(place.owner, {})
+            new = place.video_id not in videos
+            self._taken[place.owner] = self._taken[place.owner].with_turn(place, new, next(self._places))
+            videos[place.video_id] = place.turns + 1
             _, turn = self._waiting.pop(place.video_id)
-            # A newcomer opens the next round: else a stream of them would keep waiting those who had their first turn.
-            new = place.video_id not in self._turns
-            self._round = max(self._round, place.turns + new)
-            self._turns[place.video_id] = place.turns + 1
             self.sampling += 1
             turn.set_result(None)
         if self._look_again is not None:

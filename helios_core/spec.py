@@ -26,6 +26,7 @@ class Limits:
     max_pixels: int = 1280 * 768
     max_seconds: float = 600.0
     max_open_seconds: float = 3600.0  # of an open-ended video
+    max_deadline_seconds: float = 86400.0  # from the acceptance of a video
     max_prompt_bytes: int = 8192
     max_steps_per_stage: int = 50
     max_prompts: int = 64
@@ -355,6 +356,12 @@ def check_lead(lead_seconds: float | None, limits: Limits) -> None:
     """Raises InvalidInput unless a video may be made so far ahead of its playback."""
     if lead_seconds is not None and not 0 <= lead_seconds <= limits.max_seconds:  # also refuses NaN
         raise InvalidInput("lead_seconds", lead_seconds, f"a number from 0 to {limits.max_seconds:g}")
+
+
+def check_deadline(deadline_s: float | None, limits: Limits) -> None:
+    """Raises InvalidInput unless a video may have so long to be made."""
+    if deadline_s is not None and not 0 < deadline_s <= limits.max_deadline_seconds:  # also refuses NaN
+        raise InvalidInput("deadline_s", deadline_s, f"a number above 0, at most {limits.max_deadline_seconds:g}")
 
 
 def check_seed(seed: int) -> None:

@@ -41,7 +41,7 @@ async def rig(tmp_path: Path) -> Rig:
 
 
 def test_a_viewer_plays_what_there_is_from_when_it_is_watched() -> None:
-    playback = Playback(lead_s=3.0, unseen_s=0.0)
+    playback = Playback(lead_s=3.0, unseen_s=0.0, now=10.0)
     playback.committed(2.0, now=10.0)
     assert playback.unseen(20.0) == 2.0  # nobody has come
     assert playback.wait(1.0, 20.0) == 0.0 and playback.wait(1.5, 20.0) == math.inf
@@ -54,7 +54,7 @@ def test_a_viewer_plays_what_there_is_from_when_it_is_watched() -> None:
 
 
 def test_without_a_lead_nothing_waits() -> None:
-    assert Playback(lead_s=None, unseen_s=100.0).wait(100.0, 0.0) == 0.0
+    assert Playback(lead_s=None, unseen_s=100.0, now=0.0).wait(100.0, 0.0) == 0.0
 
 
 # The lead, in virtual time

@@ -603,8 +603,8 @@ class World:
         gc.collect()  # an error that nobody heard of is told when its task is forgotten
         self.check(loop.timers() == [], f"timers are left: {loop.timers()}")
         turns = director._turns["random"]
-        left = (turns.sampling, turns.waiting, turns._waiting, turns._turns, turns._look_again)
-        self.check(left == (0, 0, {}, {}, None), f"turns are left: {left}")
+        left = (turns.sampling, turns._waiting, turns._turns, turns._taken, turns._look_again)
+        self.check(left == (0, {}, {}, {}, None), f"turns are left: {left}")
         self.check(director._metrics._clocks == {}, "the metrics keep a video")
         self.check(director._hidden == set(), "a deletion is under way for ever")
         self.check(director._running == {}, f"{list(director._running)} run for ever")

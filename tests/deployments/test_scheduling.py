@@ -1,4 +1,5 @@
-"""Whose turn it is: the pure rules as tables, and `Turns`, which hands the turns out, in virtual time."""
+"""Whose turn it is between the videos of one owner: the pure rules as tables, and `Turns`, which hands the turns out,
+in virtual time. Owners, batch and deadlines are test_fair_turns.py's."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from collections import Counter
 
 import pytest
 
-from deployments.scheduling import Waiting, granted, in_order, place, turns_on_asking
+from deployments.scheduling import Taken, Waiting, granted, in_order, place, turns_on_asking
 from deployments.turns import Turns
 from tests.deployments.virtual_time import run_in_virtual_time
 
@@ -24,7 +25,11 @@ ORDERS = [
 
 
 def videos(turns: list[int]) -> list[Waiting]:
-    return [Waiting(f"v{k}", turns_, asked=k) for k, turns_ in enumerate(turns)]
+    return [Waiting(f"v{k}", "", "realtime", 0.0, turns_, asked=k) for k, turns_ in enumerate(turns)]
+
+
+def ordered(waiting: list[Waiting]) -> list[Waiting]:
+    return in_order(waiting, {"": Taken(last=0)}, since_batch=0, now=0.0)
 
 
 @pytest.mark.parametrize(("turns", "order"), ORDERS)
@@ -32,17 +37,17 @@ def test_the_fewest_turns_go_first_and_whoever_asked_earlier_among_equals(turns:
     waiting = videos(turns)
     expected = [f"v{k}" for k in order]
     for given in (waiting, waiting[::-1], random.Random(1).sample(waiting, len(waiting))):
-        assert [video.video_id for video in in_order(given)] == expected
-        assert [place(given, video_id) for video_id in expected] == list(range(len(given)))
-        assert place(given, "another") is None
+        assert [video.video_id for video in ordered(given)] == expected
+        assert [place(ordered(given), video_id) for video_id in expected] == list(range(len(given)))
+        assert place(ordered(given), "another") is None
 
 
 @pytest.mark.parametrize(
     ("sampling", "samplers", "count"), [(0, 1, 1), (1, 1, 0), (0, 3, 3), (1, 3, 2), (2, 9, 3), (3, 1, 0), (0, 0, 0)]
 )
 def test_as_many_are_granted_as_samplers_are_free(sampling: int, samplers: int, count: int) -> None:
-    waiting = videos([1, 0, 2])
-    assert granted(waiting, sampling, samplers) == in_order(waiting)[:count]
+    order = ordered(videos([1, 0, 2]))
+    assert granted(order, sampling, samplers) == order[:count]
 
 
 @pytest.mark.parametrize(
@@ -80,7 +85,7 @@ class Floor:
         self.ends[video_id] = asyncio.Event()
 
         async def take() -> None:
-            async with self.turns.turn(video_id, again):
+            async with self.turns.turn(video_id, "", "realtime", 0.0, again):
                 self.taken.append(video_id)
                 self.check()
                 await self.ends[video_id].wait()
@@ -107,8 +112,8 @@ class Floor:
 
     def check_empty(self) -> None:
         for video_id in self.ends:
-            self.turns.forget(video_id)
-        assert (self.turns.sampling, self.turns.waiting, self.turns._waiting, self.turns._turns) == (0, 0, {}, {})
+            self.turns.forget(video_id, "")
+        assert (self.turns.sampling, self.turns._waiting, self.turns._turns, self.turns._taken) == (0, {}, {}, {})
         assert self.turns._look_again is None
 
 
@@ -262,6 +267,8 @@ def test_a_stream_of_newcomers_starves_nobody() -> None:
         assert floor.taken[1:] != sorted(floor.taken[1:])
         newcomers = [video_id for video_id in floor.taken if video_id != "old"]
         assert newcomers == [f"n{k}" for k in range(len(newcomers))]
+        await floor.leave(*floor.tasks)
+        floor.check_empty()
 
     run_in_virtual_time(test())
 
@@ -297,7 +304,7 @@ class Crowd:
                 self.samplers = self.random.randrange(1, 4)
             await asyncio.sleep(self.random.randrange(1, 9))
         assert [error for task in tasks if not task.cancelled() and (error := task.exception())] == []
-        assert (self.turns.sampling, self.turns.waiting, self.turns._waiting, self.turns._turns) == (0, 0, {}, {})
+        assert (self.turns.sampling, self.turns._waiting, self.turns._turns, self.turns._taken) == (0, {}, {}, {})
         assert self.turns._look_again is None
         return self
 
@@ -310,14 +317,14 @@ class Crowd:
                 if self.random.random() < self.pausing:
                     await asyncio.sleep(self.random.randrange(20))
                 self.asked_at[video_id] = asyncio.get_running_loop().time()
-                async with self.turns.turn(video_id, again=lost):
+                async with self.turns.turn(video_id, "", "realtime", 0.0, again=lost):
                     assert self.turns.sampling <= self.samplers
                     lost = self.random.random() < self.losing
                     if not lost:
                         self.count(video_id)
                     await asyncio.sleep(self.random.choice((1, 1, 1, 2, 9)))
         finally:
-            self.turns.forget(video_id)
+            self.turns.forget(video_id, "")
             self.joined.pop(video_id, None)
 
     def count(self, taker: str) -> None:
