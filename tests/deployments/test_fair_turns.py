@@ -406,6 +406,20 @@ def test_the_video_whose_viewer_runs_out_first_goes_first(tmp_path: Path) -> Non
     run_in_virtual_time(test())
 
 
+def test_what_is_being_rendered_counts_as_there(tmp_path: Path) -> None:
+    async def test() -> None:
+        world = ServedWorld(tmp_path, [asked(2), asked(2)])
+        director = await world.next_director()
+        for each in world.requests:
+            await director.create(each)
+        await asyncio.sleep(1.05)  # chunk 0 of the first is sampled, and not committed
+        (waits,) = director._turns["random"]._everybody()
+        assert (waits.video_id, waits.deadline) == (world.requests[0].id, CHUNK)
+        await world.all_ended()
+
+    run_in_virtual_time(test())
+
+
 def test_a_viewer_who_comes_later_counts_from_then() -> None:
     playback = Playback(None, unseen_s=2.0, now=10.0)
     assert playback.deadline(0.0) == 12.0 and playback.deadline(1.5) == 13.5
