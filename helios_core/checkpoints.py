@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import safetensors
 import torch
@@ -23,7 +23,6 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import nn
-from transformers import UMT5Config, UMT5EncoderModel
 
 from helios_core.config import (
     SCHEDULERS,
@@ -45,6 +44,9 @@ from helios_core.spec import ModelCard
 from helios_core.text import TextEncoder
 from helios_core.transformer.model import FP32_PARAMETERS, KEY_ALIASES, HeliosTransformer
 from helios_core.vae.model import WanVae
+
+if TYPE_CHECKING:
+    from transformers import UMT5EncoderModel
 
 PARTS = ("text_encoder", "transformer", "vae")  # those with weights
 # What inference reads. The repositories also hold two more 14B checkpoints (transformer_init, transformer_ode).
@@ -208,6 +210,9 @@ class Checkpoint:
         return model, _locate(model, folder, "diffusion_pytorch_model")
 
     def _text_encoder(self) -> tuple[UMT5EncoderModel, Places, Tokenizer]:
+        # Here, as it takes twice as long to import as torch: replicas of the transformer and of the VAE do without.
+        from transformers import UMT5Config, UMT5EncoderModel
+
         folder = self._part("text_encoder")
         config = read_json(folder / "config.json")
         if config.get("d_model") != self.transformer.text_dim:

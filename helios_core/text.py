@@ -7,16 +7,19 @@ import html
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import ftfy
 import safetensors.torch
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import UMT5EncoderModel
 
 from helios_core.config import TEXT_TOKENS
 from helios_core.errors import CheckpointError
+
+if TYPE_CHECKING:  # who imports this need not load it (checkpoints.py)
+    from transformers import UMT5EncoderModel
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,14 +6,16 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
-from transformers import UMT5Config
 
 from helios_core.config import VARIANTS, SchedulerConfig, TransformerConfig, UniPCConfig, VaeConfig, Variant
+
+if TYPE_CHECKING:  # who imports this need not load it (checkpoints.py)
+    from transformers import UMT5Config
 
 Weights = dict[str, Tensor]  # parameter ▸ its value, contiguous
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import UMT5Config, UMT5EncoderModel
 
 from helios_core.config import TransformerConfig, VaeConfig
 from helios_core.demo.layout import Weights, make_tokenizer, write_layout
@@ -87,6 +86,8 @@ def write_checkpoint(
 
     Of the same shapes and seed, variants differ in the transformer's weights only, not in the text encoder's or VAE's.
     """
+    from transformers import UMT5Config, UMT5EncoderModel  # here, as in checkpoints.py
+
     text_encoder = UMT5Config(**{**TEXT_ENCODER, "d_model": transformer.text_dim})
     generator = torch.Generator().manual_seed(seed)
     with torch.device("meta"):

@@ -30,6 +30,13 @@ def modulate(x_BLD: Tensor, shift_11D: Tensor, scale_11D: Tensor, eps: float) ->
     return (normed * (1 + scale_11D) + shift_11D).to(x_BLD.dtype)
 
 
+def modulation_table(rows: int, dim: int) -> nn.Parameter:
+    """[1, rows, D]: random, of variance 1/D. Not normal, as for that the meta device imports torch's compiler: a second
+    of every sampler's start."""
+    bound = (3 / dim) ** 0.5
+    return nn.Parameter(torch.empty(1, rows, dim).uniform_(-bound, bound))
+
+
 class Attention(nn.Module):
     """The projections of multi-head attention. Queries and keys are RMS-normed over all heads together."""
 
@@ -101,7 +108,7 @@ class Block(nn.Module):
         self.attn2 = Attention(config)
         self.norm2 = nn.LayerNorm(dim, config.eps)
         self.ffn = FeedForward(config)
-        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.scale_shift_table = modulation_table(6, dim)
 
     def modulation(self, time_16D: Tensor) -> Modulation:
         """`time_16D`: a timestep's rows from `TimeTextEmbedding`."""
@@ -181,7 +188,7 @@ class OutputNorm(nn.Module):
         super().__init__()
         dim = config.hidden_dim
         self.eps = config.eps
-        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+        self.scale_shift_table = modulation_table(2, dim)
 
     def forward(self, x_BLD: Tensor, time_11D: Tensor) -> Tensor:
         shift, scale = (self.scale_shift_table + time_11D).chunk(2, dim=1)
