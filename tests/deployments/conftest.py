@@ -12,15 +12,40 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from deployments.cli import free_port
 from deployments.config import AppConfig
 from deployments.director import Director
 from deployments.ingress import http_app
+from deployments.service import run_service
 from deployments.store import Store
 from deployments.tracing import Tracer
 from helios_core.checkpoints import Checkpoint
 from tests.core.media_files import write_samples
 from tests.deployments.s3 import S3Server
 from tests.deployments.test_director import GatedGraph
+
+# The modules that share a service. They come last, as Ray starts once at a time; first the one that measures memory.
+SHARING = ["test_ten_minutes", "test_service", "test_uploads"]
+MAX_UPLOAD_BYTES = 2 << 20  # of the shared service
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: SHARING.index(item.path.stem) if item.path.stem in SHARING else -1)
+
+
+@dataclass(frozen=True)
+class Served:
+    url: str
+    store: Path
+
+
+@pytest.fixture(scope="session")
+def shared_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """The stand-in with random weights in real processes, of which each start takes 15 s."""
+    store = tmp_path_factory.mktemp("store")
+    config = AppConfig(store=str(store), port=free_port()).override(uploads={"max_bytes": MAX_UPLOAD_BYTES})
+    with run_service(config.with_model("random")) as url:
+        yield Served(url, store)
 
 
 class ReadStore(Store):

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -20,17 +19,16 @@ import pytest
 from av.video.reformatter import Colorspace
 from ray import serve
 
-from deployments.cli import free_port, save_stream
-from deployments.config import AppConfig
+from deployments.cli import save_stream
 from deployments.ray_calls import log_folder
 from deployments.records import VideoRecord
-from deployments.service import APP_NAME, run_service
-from deployments.store import Store
+from deployments.service import APP_NAME
 from helios_core.config import CHUNK_FRAMES
 from helios_core.errors import HeliosError
 from helios_core.helios import Helios
 from helios_core.media.fragments import encode_fragment
 from tests.deployments.boxes import read_boxes, reader
+from tests.deployments.conftest import Served
 
 pytestmark = pytest.mark.ray
 
@@ -38,31 +36,19 @@ PROMPT = "a red sun over a blue sea"
 GENERATE = [sys.executable, "-m", "deployments.cli", "generate", PROMPT, "--model", "random"]
 
 
-@dataclass
-class Running:
-    url: str
-    store: Store
-
-    def record(self, video_id: str) -> VideoRecord:
-        """The committed record, from the store and not from the service."""
-        names = sorted((Path(self.store.url) / "videos" / video_id).glob("record.t*.json"))
-        return VideoRecord.model_validate_json(names[-1].read_bytes())
-
-
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    config = AppConfig(store=str(tmp_path_factory.mktemp("store")), port=free_port()).with_model("random")
-    with run_service(config) as url:
-        yield Running(url, Store(config.store))
-
-
-@pytest.fixture(scope="module")
-def http(service: Running) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=service.url, timeout=120) as client:
+def http(shared_service: Served) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=shared_service.url, timeout=120) as client:
         yield client
 
 
-def test_a_stream_arrives_while_it_is_made(service: Running, http: httpx.Client, tmp_path: Path) -> None:
+def record_of(video_id: str, store: Path) -> VideoRecord:
+    """The committed record, from the store and not from the service."""
+    names = sorted((store / "videos" / video_id).glob("record.t*.json"))
+    return VideoRecord.model_validate_json(names[-1].read_bytes())
+
+
+def test_a_stream_arrives_while_it_is_made(shared_service: Served, http: httpx.Client, tmp_path: Path) -> None:
     """Six chunks, the last one cut, at a size at which a chunk takes a while."""
     seconds, frames = 7.5, 180
     body = {"prompt": PROMPT, "seconds": seconds, "size": "192x128", "seed": 3}
@@ -80,7 +66,7 @@ def test_a_stream_arrives_while_it_is_made(service: Running, http: httpx.Client,
             late_bytes = b"".join(late.iter_raw())
         live_bytes = b"".join(box for _, box in kinds) + b"".join(box for _, box in boxes)
 
-    record = service.record(video_id)
+    record = record_of(video_id, shared_service.store)
     assert [kind for kind, _ in kinds] == ["ftyp", "moov", "moof", "mdat"]
     assert [chunk.frames for chunk in record.chunks] == [33, 33, 33, 33, 33, 15]
     assert arrived < record.chunks[3].timings.sample_started_at, "the first fragment came after the fourth chunk began"
@@ -107,16 +93,14 @@ def test_a_stream_arrives_while_it_is_made(service: Running, http: httpx.Client,
     assert status["usage"]["steps"] == 12 + 5 * 6  # 2,2,2 with the first chunk amplified
 
 
-def test_the_director_never_held_a_latent(service: Running, http: httpx.Client) -> None:
+def test_the_director_never_held_a_latent(http: httpx.Client) -> None:
     """To unpickle one it would have had to import torch."""
     finish(http, {"prompt": PROMPT, "seconds": 2})
     director = serve.get_deployment_handle("Director", APP_NAME)
     assert director.imported_torch.remote().result() is False
 
 
-def test_service_command_line_and_library_make_the_same_video(
-    service: Running, http: httpx.Client, tmp_path: Path
-) -> None:
+def test_service_command_line_and_library_make_the_same_video(http: httpx.Client, tmp_path: Path) -> None:
     by_service = finish(http, {"prompt": PROMPT, "seconds": 2.5, "seed": 11, "preset": "realtime"})
     path = tmp_path / "cli.mp4"
     options = ["-o", str(path), "--seconds", "2.5", "--seed", "11", "--steps", "1,1,1"]
@@ -169,17 +153,17 @@ def test_leaving_a_stream_cancels_its_video(http: httpx.Client) -> None:
 
 
 def test_the_demo_command_writes_while_later_chunks_are_made(
-    service: Running, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    shared_service: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "video.mp4"
-    save_stream(service.url, PROMPT, 6.0, path)
+    save_stream(shared_service.url, PROMPT, 6.0, path)
     lines = capsys.readouterr().err.splitlines()
     assert "of 5 chunks made" in lines[0] and not lines[0].strip().endswith(" 0 bytes on disk")
     assert lines[0].split()[2] in ("1", "2"), lines[0]  # sampling may be one chunk ahead of the first fragment
     assert "144 frames, 6 s of video" in lines[-1]
     assert len(pts_of(path)) == 144
     with pytest.raises(HeliosError, match="prompt is ''"):
-        save_stream(service.url, "", 6.0, path)
+        save_stream(shared_service.url, "", 6.0, path)
 
 
 def test_log_lines_name_video_and_trace_and_hide_the_prompt(http: httpx.Client) -> None:

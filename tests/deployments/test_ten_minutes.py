@@ -9,21 +9,18 @@ them it is what malloc has given and not got back. Of the ingress, the fragments
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
 import ray
 
-from deployments.cli import free_port
-from deployments.config import AppConfig
-from deployments.service import run_service
 from deployments.watching import KEPT_BYTES
 from tests.deployments.boxes import read_boxes, reader
+from tests.deployments.conftest import Served
+from tests.deployments.memory import in_use, resident
 from tests.deployments.test_faults import object_store_bytes, serve_actors
 from tests.deployments.test_service import pts_of
 from tests.deployments.viewer import VIDEO, Viewer, chromium, entering
@@ -38,32 +35,9 @@ BUFFERED = 2 * 60 + 30  # seconds in the browser, ahead and behind, beyond which
 COMPUTING = ("TextEncoder", "Sampler", "VaeDecoder")
 
 
-class MallocInfo(ctypes.Structure):
-    """What glibc's mallinfo2 returns."""
-
-    _fields_ = tuple(
-        (name, ctypes.c_size_t)
-        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
-    )
-
-
-def in_use(_: object) -> int:
-    """Bytes that malloc has given to this process and not got back."""
-    mallinfo2 = ctypes.CDLL(None).mallinfo2
-    mallinfo2.restype = MallocInfo
-    info = mallinfo2()
-    return int(info.uordblks + info.hblkhd)
-
-
-def resident(_: object) -> int:
-    memory = psutil.Process().memory_info()
-    return int(memory.rss - memory.shared)
-
-
 @pytest.fixture(scope="module")
-def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    config = AppConfig(store=str(tmp_path_factory.mktemp("store")), port=free_port(), torch_threads=1)
-    with run_service(config.with_model("random")) as url, httpx.Client(base_url=url, timeout=120) as client:
+def http(shared_service: Served) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=shared_service.url, timeout=120) as client:
         yield client
 
 

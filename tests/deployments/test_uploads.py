@@ -21,17 +21,16 @@ import psutil
 import pytest
 from PIL import Image
 
-from deployments.cli import free_port
-from deployments.config import AppConfig
-from deployments.service import APP_NAME, run_service
+from deployments.service import APP_NAME
 from tests.core import media_files
+from tests.deployments.conftest import MAX_UPLOAD_BYTES, Served
 from tests.deployments.test_faults import wait_until
 
 pytestmark = pytest.mark.ray
 
 MUTATIONS = int(os.environ.get("MUTATIONS", "200"))
 ANSWER_SECONDS = 5.0
-MAX_BYTES, MAX_TEXT_BYTES = 2 << 20, 1 << 20  # of an upload, and of a form without it
+MAX_BYTES, MAX_TEXT_BYTES = MAX_UPLOAD_BYTES, 1 << 20  # of an upload, and of a form without it
 FORM = {"prompt": "a red sun over a blue sea", "seconds": "1", "size": "64x64", "preset": "realtime"}
 
 Answer = dict[str, Any]
@@ -70,13 +69,9 @@ class Service:
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    store = tmp_path_factory.mktemp("store")
-    config = AppConfig(store=str(store), port=free_port(), torch_threads=1, max_body_bytes=MAX_TEXT_BYTES).override(
-        uploads={"max_bytes": MAX_BYTES}
-    )
-    with run_service(config.with_model("random")) as url, httpx.Client(base_url=url, timeout=60) as http:
-        yield Service(url, http, store)
+def service(shared_service: Served) -> Iterator[Service]:
+    with httpx.Client(base_url=shared_service.url, timeout=60) as http:
+        yield Service(shared_service.url, http, shared_service.store)
 
 
 def replicas() -> set[tuple[int, float]]:
