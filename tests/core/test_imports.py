@@ -49,3 +49,15 @@ def test_imports_go_one_way(part: str) -> None:
 def test_the_control_plane_needs_no_torch(module: str) -> None:
     code = f"import sys, {module}; raise SystemExit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_sampler_and_vae_are_loaded_without_transformers_and_torchs_compiler() -> None:
+    """Each takes more than a second to import, for which every replica of these would wait."""
+    code = """
+import sys, torch
+from helios_core.checkpoints import Checkpoint
+demo = Checkpoint.open("demo")
+demo.load_sampler(torch.device("cpu"), torch.float32), demo.load_vae(torch.device("cpu"))
+raise SystemExit(bool({"transformers", "torch._dynamo"} & sys.modules.keys()))
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
