@@ -13,6 +13,7 @@ from ray.serve import Application
 from deployments.config import AppConfig, ConfigError, Pool
 from deployments.graph import DirectorReplica, ModelHandles
 from deployments.ingress import Ingress
+from deployments.keys import read_keys
 from deployments.sampler import Sampler
 from deployments.store import Store
 from deployments.text_encoder import TextEncoder
@@ -32,9 +33,10 @@ def build_app(config: AppConfig) -> tuple[Application, list[Pool]]:
     """Ingress ▸ Director ▸ for each model (TextEncoder, Sampler, VaeDecoder), of which models share what is equal; and
     the pool of each deployment.
 
-    Raises CheckpointError if a model cannot be opened, ConfigError if two have the same id. Weights are loaded by the
-    replicas, each its own.
+    Raises CheckpointError if a model cannot be opened, ConfigError if two have the same id, or if strangers could come
+    in. Weights are loaded by the replicas, each its own.
     """
+    config.check_door()
     checkpoints = [Checkpoint.open(settings.model) for settings in config.models]
     ids = [checkpoint.card.id for checkpoint in checkpoints]
     if len(set(ids)) < len(ids):
@@ -44,7 +46,10 @@ def build_app(config: AppConfig) -> tuple[Application, list[Pool]]:
             checkpoint.verify()  # here, so that a broken file is one clear message and not five failing replicas
     # Replicas have working directories of their own and may be on other machines: they get what means the same there.
     trace_file = None if config.trace_file is None else str(Path(config.trace_file).absolute())
-    config = config.override(store=Store(config.store).url, trace_file=trace_file)
+    keys = None if config.keys is None else str(Path(config.keys).absolute())
+    if keys is not None:
+        read_keys(Path(keys))  # here too: a file that cannot be read is one clear message
+    config = config.override(store=Store(config.store).url, trace_file=trace_file, keys=keys)
 
     encoders, decoders = _owners(checkpoints, "text_encoder"), _owners(checkpoints, "vae")
     text_encoders, samplers, vae_decoders = {}, {}, {}

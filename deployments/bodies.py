@@ -28,6 +28,7 @@ from helios_core.errors import InvalidInput
 
 F = TypeVar("F", bound=Fields)
 
+QUIET = 10  # a body may stand still for one part in so many of the time that it has
 MAX_FIELDS = 1000
 MAX_FILES = 4  # more than one is refused by name; more than these, as what it is
 BRACKETED = re.compile(r"([^\[\]]+)((?:\[[^\[\]]*\]){1,4})")
@@ -80,17 +81,19 @@ class _Parser(MultiPartParser):
 
 
 @asynccontextmanager
-async def read_body(request: Request, max_bytes: int, max_upload_bytes: int = 0) -> AsyncIterator[Body]:
+async def read_body(
+    request: Request, max_bytes: int, max_upload_bytes: int = 0, max_seconds: float = 600.0
+) -> AsyncIterator[Body]:
     """The body of a request; its files are there until the block ends.
 
-    `max_bytes`: of JSON, and of the texts of a form; `max_upload_bytes`: of the files, 0 if there can be none.
-    Raises RequestError: 413 past these, 415 for another type, 400 if broken.
+    `max_bytes`: of JSON, and of the texts of a form; `max_upload_bytes`: of the files, 0 if there can be none;
+    `max_seconds`: until it is there. Raises RequestError: 413 and 408 past these, 415 for another type, 400 if broken.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
-        yield Body(_json_object(b"".join([part async for part in _bounded(request, max_bytes)])))
+        yield Body(_json_object(b"".join([part async for part in _bounded(request, max_bytes, max_seconds)])))
     elif kind == "multipart/form-data":
-        parts = _bounded(request, max_bytes + max_upload_bytes)
+        parts = _bounded(request, max_bytes + max_upload_bytes, max_seconds)
         # The parser would guess at bytes that are not in the charset; of Latin-1 it gives every byte back.
         headers = Headers({"content-type": f"{request.headers['content-type']}; charset=latin-1"})
         parser = _Parser(headers, parts, max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=max_bytes)
@@ -129,13 +132,24 @@ async def on_disk(upload: UploadFile) -> AsyncIterator[Path]:
         yield Path(file.name)
 
 
-async def _bounded(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
-    """The body, part by part. Raises RequestError 413 as soon as it is known to be longer than `limit` bytes."""
+async def _bounded(request: Request, limit: int, seconds: float) -> AsyncGenerator[bytes, None]:
+    """The body, part by part. Raises RequestError 413 as soon as it is known to be longer than `limit` bytes, 408 if it
+    takes longer than `seconds`, or a tenth of that without a byte."""
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced[:20]) > limit:
         raise _too_large(limit)
-    size = 0
-    async for part in request.stream():
+    size, clock = 0, asyncio.get_running_loop().time
+    until, stream = clock() + seconds, aiter(request.stream())
+    while True:
+        try:
+            async with asyncio.timeout_at(min(until, clock() + seconds / QUIET)):
+                part = await anext(stream)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            allowed = f"{seconds:g} s in all, {seconds / QUIET:g} s without a byte"
+            message = f"the body came too slowly: {size} bytes of it; allowed: {allowed}"
+            raise RequestError(408, "body_too_slow", message, headers={"Connection": "close"}) from None
         size += len(part)
         if size > limit:
             raise _too_large(limit)

@@ -1,4 +1,4 @@
-"""The command line: `helios serve | generate | demo | videos | store | score | download | trace`.
+"""The command line: `helios serve | generate | demo | videos | keys | store | score | download | trace`.
 
 Heavy imports wait for their command.
 """
@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from deployments import store_check, videos_cli
+from deployments.keys import app as keys_cli
 from deployments.videos_cli import check_writable
 from helios_core.config import CHUNK_FRAMES
 from helios_core.demo.words import vocabulary
@@ -32,6 +33,7 @@ from helios_core.spec import PromptAt, VideoRequest
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(videos_cli.app, name="videos")
 app.add_typer(store_check.app, name="store")
+app.add_typer(keys_cli, name="keys")
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 WORDS = "\n\n".join(f"{kind}: {', '.join(words)}" for kind, words in vocabulary().items())  # a paragraph for each
@@ -58,6 +60,8 @@ def serve(
     store: Annotated[str | None, typer.Option(help="folder, or s3://, gs://, az:// URL")] = None,
     samplers: Annotated[int | None, typer.Option(help="number of sampler replicas")] = None,
     vae_decoders: Annotated[int | None, typer.Option(help="number of VAE decoder replicas")] = None,
+    keys: Annotated[str | None, typer.Option(help="file of `helios keys`: only who has one is served")] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="serve without keys whoever reaches --host")] = False,
     trace_file: Annotated[Path | None, typer.Option(help="append spans to it, for `helios trace`")] = None,
 ) -> None:
     """Serve a model over HTTP until interrupted."""
@@ -68,7 +72,9 @@ def serve(
     settings = AppConfig() if config is None else AppConfig.read(config)
     if trace_file is not None:
         check_writable("trace_file", trace_file)
-    settings = settings.override(host=host, port=port, store=store, trace_file=trace_file)
+    settings = settings.override(
+        host=host, port=port, store=store, keys=keys, insecure=insecure or None, trace_file=trace_file
+    )
     settings = settings.with_model(model).with_replicas(samplers, vae_decoders)
     stop = threading.Event()
     with run_service(settings) as url:

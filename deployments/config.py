@@ -82,6 +82,30 @@ class UploadLimits(Settings):
         return MediaLimits(max_bytes=self.max_bytes, max_video_seconds=self.max_seconds)
 
 
+class Quota(Settings):
+    """What one key may ask for; None: as much as there is room for.
+
+    `concurrent_videos`: that have not ended; `requests_per_minute`: of any kind, counted by each ingress for itself;
+    `seconds_per_day`: of video at 24 frames per second, in any 24 hours.
+    """
+
+    concurrent_videos: int | None = Field(None, ge=1)
+    requests_per_minute: int | None = Field(None, ge=1)
+    seconds_per_day: float | None = Field(None, gt=0, allow_inf_nan=False)
+
+
+NO_QUOTA = Quota()
+
+
+class Admission(Settings):
+    """How many videos of a model are taken in. `videos_per_sampler`: so many take turns on each; `queued`: so many wait
+    until one of them ends; more are refused, 429. `quota`: of each key that has none of its own."""
+
+    videos_per_sampler: int = Field(32, ge=1)
+    queued: int = Field(256, ge=0)
+    quota: Quota = NO_QUOTA
+
+
 class AppConfig(Settings):
     """Everything about one service. The first of `models` is the one of a request that names none."""
 
@@ -91,12 +115,19 @@ class AppConfig(Settings):
     store_patience_s: float = Field(60.0, ge=0)  # for so long a video waits for a store that is away, then it fails
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=1, le=65535)
+    keys: str | None = None  # the file of `helios keys`, on each node that has an ingress; None: whoever asks is served
+    insecure: bool = False  # allows that to whoever can reach this machine
+    share_hours: float = Field(24.0, gt=0, le=8760)  # so long the links in `share_url` are good, and up to one more
+    cors_origins: tuple[str, ...] = ()  # whose pages may ask, as https://example.com, or * for all; never with cookies
+    admission: Admission = Admission()
     # HAProxy in front: then a viewer who reads slowly is also sent to slowly. A running cluster (RAY_ADDRESS) needs
     # RAY_SERVE_ENABLE_HA_PROXY=1 on each of its nodes besides.
     haproxy: bool = False
+    idle_seconds: int = Field(120, ge=1)  # HAProxy cuts off who is to send or to take a byte, and does not for so long
     unwatched_s: float = Field(10.0, gt=0)  # so long a video that is made for its viewers goes on without one
     torch_threads: int | None = Field(None, ge=1)  # None: half of the cores (helios_core.checkpoints.use_threads)
     max_body_bytes: int = Field(1 << 20, ge=1024)  # without uploads
+    max_body_seconds: float = Field(600.0, gt=0)  # so long a body may take to come, and a tenth of it without a byte
     keep_states: Literal["last", "all"] = "last"  # all: a video can be forked at any chunk, for 5 MB a chunk
     keep_videos_days: float | None = Field(None, gt=0)  # for so long after its end a video is kept; None: for ever
     keep_bytes: int | None = Field(None, ge=0)  # so much the videos that have ended may take; the oldest go first
@@ -123,6 +154,16 @@ class AppConfig(Settings):
             if pause > 0 and not self.testing:
                 raise ValueError(f"min_chunk_seconds is {pause}; allowed: 0, unless testing is true")
         return self
+
+    def check_door(self) -> None:
+        """Raises ConfigError if strangers could come in."""
+        alone = self.host in ("127.0.0.1", "::1", "localhost") and not self.haproxy  # which listens on every interface
+        if self.keys is None and not alone and not self.insecure:
+            where = "haproxy is true" if self.haproxy else f"host is {self.host}"
+            raise ConfigError(
+                f"{where}, and there are no keys: whoever reaches this machine would be served; allowed: --keys FILE "
+                "(helios keys add makes one), --host 127.0.0.1 without haproxy, or --insecure"
+            )
 
     def override(self, **changes: object) -> AppConfig:
         """This configuration with the settings that are not None replaced, and checked again. Raises ConfigError."""

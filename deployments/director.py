@@ -11,12 +11,16 @@ import contextvars
 import gc
 import itertools
 import logging
+import math
 import time
-from collections.abc import Awaitable, Coroutine, Iterator
+from collections.abc import Awaitable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
 
+from deployments.admission import DAY_S, Admission, Room, TooMany
+from deployments.config import NO_QUOTA, Quota
+from deployments.config import Admission as AdmissionSettings
 from deployments.logs import event, shown
 from deployments.making import Graph, Maker, NotPossible, RunningVideo, first_record, leaves
 from deployments.metrics import Metrics
@@ -32,7 +36,7 @@ from deployments.records import (
     VideoStatus,
 )
 from deployments.retention import Keep, Retention
-from deployments.store import ObjectMissing, Store, StoreUnavailable, Superseded
+from deployments.store import ObjectMissing, Store, StoreUnavailable, Superseded, created_at
 from deployments.tracing import Tracer
 from deployments.turns import Turns
 from helios_core.errors import HeliosError
@@ -45,6 +49,7 @@ COLLECT_AFTER_S = 1.0
 NEWS_S = 5.0  # how long a watcher's question may stay open
 STORE_AGAIN_S = 5.0  # between two tries to store an end, or to read what is to be resumed
 UNWATCHED_S = 10.0  # unless it is told how long
+AS_MANY_AS_USUAL = AdmissionSettings()
 
 
 class NoSuchVideo(HeliosError):
@@ -84,6 +89,7 @@ class Director:
         keep_all_states: bool,
         log_prompts: bool,
         unwatched_s: float,
+        admission: AdmissionSettings,
     ) -> None:
         self._graph, self._store, self._tracer, self._term = graph, store, tracer, term
         self._patient = store.patient(patience_s)  # for what a video needs; who asks is told at once
@@ -99,10 +105,17 @@ class Director:
         self._sweeping: asyncio.Task[None] | None = None
         self._keep_all_states = keep_all_states
         self._turns = {model: Turns(partial(graph.samplers, model)) for model in graph.models}
+        self._rooms = {
+            model: Room(partial(graph.samplers, model), admission.videos_per_sampler) for model in graph.models
+        }
+        self._admission = Admission(admission, store, self._rooms, self._ends_s)
         self._metrics = Metrics()
-        self._maker = Maker(graph, self._patient, tracer, term, self._turns, self._metrics, keep_all_states)
+        self._maker = Maker(
+            graph, self._patient, tracer, term, self._rooms, self._turns, self._metrics, keep_all_states
+        )
         self._metrics.observe(
             running=lambda: sum(not video.record.ended for video in self._running.values()),
+            queued=lambda: sum(room.door.waiting for room in self._rooms.values()),
             waiting=lambda: sum(turns.waiting for turns in self._turns.values()),
             sampling=lambda: sum(turns.sampling for turns in self._turns.values()),
             samplers=lambda: sum(map(graph.samplers, graph.models)),
@@ -121,16 +134,18 @@ class Director:
         log_prompts: bool = False,
         unwatched_s: float = UNWATCHED_S,
         keep: Keep | None = None,
+        admission: AdmissionSettings = AS_MANY_AS_USUAL,
     ) -> Director:
         """Takes the lead of `store` with a new term, and goes on with the videos that an earlier Director left behind:
         not here, so that none can keep it from starting.
 
         `patience_s`: how long a video waits for a store that is away; `keep_all_states`: of each video, not only the
         last; `unwatched_s`: how long one that is made for its watchers goes on without one; `keep`: what is kept of the
-        videos that have ended; None: all, and nothing is deleted by itself. Raises StoreUnavailable.
+        videos that have ended; None: all, and nothing is deleted by itself; `admission`: how many videos come in.
+        Raises StoreUnavailable.
         """
         term = await store.claim_term()
-        director = cls(graph, store, tracer, term, patience_s, keep_all_states, log_prompts, unwatched_s)
+        director = cls(graph, store, tracer, term, patience_s, keep_all_states, log_prompts, unwatched_s, admission)
         for video_id in await store.active():
             task = asyncio.create_task(director._resume(video_id), name=f"resuming {video_id}")
             director._resuming[video_id] = task
@@ -154,24 +169,30 @@ class Director:
 
     # What clients ask for
 
-    async def create(self, request: VideoRequestRecord, again: bool = False) -> VideoStatus:
+    async def admit(self, owner: str, quota: Quota) -> None:
+        """Returns if this owner may ask for a video, whatever it is. Raises TooMany, or StoreUnavailable."""
+        self.check_health()
+        await self._admission.check(owner, quota)
+
+    async def create(self, request: VideoRequestRecord, again: bool = False, quota: Quota = NO_QUOTA) -> VideoStatus:
         """Accepts a video: it is stored before this returns, and made from then on, watched or not, unless it is to be
         made `while_watched`. What it takes over from the video of its origin is copied. `again`: it may have been asked
         for before, of an earlier Director too, and be accepted already: then this is how it stands. Of many who ask at
         the same time one has it accepted, and the others hear of that; if it fails the next one tries.
 
-        Raises NoSuchVideo, Unreadable, NotPossible or InvalidInput if the video of its origin cannot give it, and
-        StoreUnavailable also if its input has to be sent again.
+        Raises TooMany if there is no room for it, or if it is more than `quota` allows its owner; NoSuchVideo,
+        Unreadable, NotPossible or InvalidInput if the video of its origin cannot give it; StoreUnavailable also if its
+        input has to be sent again.
         """
         while other := self._accepting.get(request.id):
             await asyncio.wait([other])
-        accepting = asyncio.create_task(self._create(request, again))
+        accepting = asyncio.create_task(self._create(request, again, quota))
         self._accepting[request.id] = accepting
         accepting.add_done_callback(lambda _: self._accepting.pop(request.id))
         # Shielded: a caller that leaves now must not leave a stored video behind that nobody makes.
         return await _whole(accepting)
 
-    async def _create(self, request: VideoRequestRecord, again: bool) -> VideoStatus:
+    async def _create(self, request: VideoRequestRecord, again: bool, quota: Quota) -> VideoStatus:
         if request.id in self._hidden:  # it was accepted before, and is being deleted
             raise NoSuchVideo(request.id)
         if again and await self._found(request.id) is None and await self._store.request(request.id) is not None:
@@ -184,7 +205,7 @@ class Director:
         if again and request.input is not None:
             await self._check_input(request.id, request.input)
         return await self._accept(
-            request.model_copy(update={"fingerprint": self._graph.fingerprint(request.spec.model)})
+            request.model_copy(update={"fingerprint": self._graph.fingerprint(request.spec.model)}), quota
         )
 
     async def _check_input(self, video_id: str, media: StoredObject) -> None:
@@ -209,17 +230,20 @@ class Director:
             await self._store.put_record(record, self._term)  # watchers hear of them at once
         return request, record
 
-    async def _accept(self, request: VideoRequestRecord) -> VideoStatus:
+    async def _accept(self, request: VideoRequestRecord, quota: Quota) -> VideoStatus:
         with self._hiding(request.id):
             try:
+                await self._admission.enter(request, quota)
                 request, record = await self._begun(request)
                 await self._store.accept(request)
                 await self._store.check_leads(self._term)  # who claims a term from here on finds it active
             except Superseded:
                 raise  # what was stored is for the other Director, who may be asked for it again
-            except (HeliosError, OSError):
+            except (HeliosError, OSError) as error:
                 with suppress(StoreUnavailable):
-                    await self._store.delete(request.id)  # its input, and what was copied
+                    await self._admission.turn_away(request)
+                    if request.input is not None or not isinstance(error, TooMany):  # else nothing is there yet
+                        await self._store.delete(request.id)  # its input, and what was copied
                 raise
         self._metrics.accepted(request.id, request.created_at)
         prompt = shown(request.spec.prompt, self._log_prompts)
@@ -231,6 +255,7 @@ class Director:
         """Makes a video to its end."""
         self._watch_out(video)
         self._running[video.request.id] = video
+        self._admission.go_on(video.request)
         # In a context of its own: a video outlives the request that created it, but Ray cancels a request's calls with
         # the request.
         apart, name = contextvars.Context(), video.request.id
@@ -335,9 +360,12 @@ class Director:
             raise NoSuchVideo(video_id)
         return record if record.ended else _interrupted(record)
 
-    async def page(self, limit: int, after: str | None = None, newest_first: bool = True) -> Page:
-        """At most `limit` videos, those after the id `after` in the order of their creation, or its reverse."""
-        ids = await self._store.video_ids()
+    async def page(
+        self, limit: int, after: str | None = None, newest_first: bool = True, owner: str | None = None
+    ) -> Page:
+        """At most `limit` videos, of `owner` unless that is None: those after the id `after` in the order of their
+        creation, or its reverse."""
+        ids = await (self._store.video_ids() if owner is None else self._store.owned(owner))
         if not newest_first:
             ids.reverse()
         if after is not None:  # it may have been deleted since
@@ -345,14 +373,19 @@ class Director:
         found: list[VideoStatus] = []
         rest = iter(ids)
         while len(found) <= limit and (some := list(itertools.islice(rest, limit + 1 - len(found)))):
-            found += [status for status in await asyncio.gather(*map(self._listed, some)) if status is not None]
+            listed = await asyncio.gather(*(self._listed(video_id, owner) for video_id in some))
+            found += [status for status in listed if status is not None]
         return Page(videos=tuple(found[:limit]), has_more=len(found) > limit)
 
-    async def _listed(self, video_id: str) -> VideoStatus | None:
+    async def _listed(self, video_id: str, owner: str | None) -> VideoStatus | None:
         try:
             return await self.get(video_id)
-        except (NoSuchVideo, Unreadable):
-            return None
+        except NoSuchVideo:  # it was deleted, or is being accepted; what it took of its owner's day counts for a day
+            if owner is not None and created_at(video_id) < time.time() - DAY_S:
+                await self._store.forget_owned(owner, video_id)
+        except Unreadable:
+            pass  # whoever knows its id can delete it
+        return None
 
     async def news(self, video_id: str, seen: int) -> News:
         """The chunks from index `seen` on, as soon as there is one; after NEWS_S without any, none. At once if the
@@ -457,8 +490,40 @@ class Director:
             self._dropping = asyncio.create_task(self._drop_all(), context=contextvars.Context())
 
     def _status(self, record: VideoRecord) -> VideoStatus:
-        turns = self._turns.get(record.spec.model)  # a stored video's model may be served no more
-        return VideoStatus.of(record, None if turns is None else turns.place(record.id))
+        room = self._rooms.get(record.spec.model)  # a stored video's model may be served no more
+        if room is None or record.ended or record.id not in self._running:
+            return VideoStatus.of(record)
+        turns = self._turns[record.spec.model]
+        position, outside = turns.place(record.id), room.door.place(record.id)
+        if outside is not None:  # all that wait inside get a sampler before
+            position = turns.waiting + outside
+        start_s, end_s = self._forecast(room, record)
+        return VideoStatus.of(
+            record,
+            queue_position=position,
+            estimated_start_at=None if record.status != "queued" or start_s == math.inf else time.time() + start_s,
+            estimated_completion_at=None if end_s == math.inf else time.time() + end_s,
+        )
+
+    def _forecast(self, room: Room, record: VideoRecord) -> tuple[float, float]:
+        """In how many seconds a video's first chunk may begin, and its last one be there; infinite if nobody knows."""
+        return room.forecast(record.id, partial(self._left, record.spec.model))
+
+    def _left(self, model: str) -> dict[str, float]:
+        """How many chunks are left to make of each video that wants to be made."""
+        return {
+            video.request.id: math.inf
+            if video.record.spec.open_ended
+            else video.record.spec.chunks - len(video.record.chunks)
+            for video in self._running.values()
+            if video.request.spec.model == model and not video.record.paused and not video.ending
+        }
+
+    def _ends_s(self, videos: Iterable[str]) -> float:
+        """In how many seconds the first of these is expected to end, or infinite."""
+        running = [self._running[video_id] for video_id in videos if video_id in self._running]
+        rooms = [(self._rooms.get(video.request.spec.model), video.record) for video in running]
+        return min((self._forecast(room, record)[1] for room, record in rooms if room is not None), default=math.inf)
 
     def _cancel(self, video: RunningVideo, failure: VideoError | None = None) -> None:
         """Stops the making of a video, which ends as cancelled, or as failed because of `failure`."""
@@ -523,6 +588,8 @@ class Director:
     async def _end(self, video: RunningVideo, status: Status, error: VideoError | None) -> None:
         if turns := self._turns.get(video.request.spec.model):
             turns.forget(video.request.id, video.request.owner)
+            self._rooms[video.request.spec.model].door.forget(video.request.id, video.request.owner)
+        self._admission.leave(video.request.id)
         if video.unwatched is not None:
             video.unwatched.cancel()
         changes: dict[str, Any] = {"status": status, "error": error, "completed_at": time.time(), "paused": False}
@@ -559,6 +626,7 @@ class Director:
     async def _tidy(self, request: VideoRequestRecord, ended: VideoRecord) -> None:
         """Removes what an ended video leaves behind: what no record names, and its active marker, last."""
         try:
+            await self._admission.settle(request, sum(chunk.frames for chunk in ended.own_chunks))
             await self._store.sweep(ended, self._term, self._keep_all_states)
             await self._store.end(ended.id)
         except StoreUnavailable as error:  # it stays active: the next Director tries again

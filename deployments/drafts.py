@@ -21,7 +21,7 @@ from deployments.content import file_bytes, objects_of
 from deployments.director import NoSuchVideo
 from deployments.errors import RequestError, status_of
 from deployments.making import NotPossible
-from deployments.records import Origin, StoredObject, VideoRequestRecord, VideoStatus
+from deployments.records import Origin, StoredObject, VideoStatus
 from deployments.scheduling import Priority
 from deployments.schemas import CreateVideo, EditVideo, ExtendVideo, ForkVideo, NewVideo, RemixVideo
 from deployments.store import Claim, Store, is_video_id, new_video_id
@@ -91,8 +91,9 @@ class Drafts:
         async with on_disk(upload) as path:
             return await self._with_input(fields, "input_reference", path, new_id)
 
-    async def edited(self, body: Body, new_id: NewId) -> Draft:
-        """A video-to-video, in OpenAI's forms: of a file, or of a finished video of this service."""
+    async def edited(self, body: Body, new_id: NewId, owner: str | None) -> Draft:
+        """A video-to-video, in OpenAI's forms: of a file, or of a finished video of this service, and of this owner,
+        unless that is None."""
         fields = self._parsed(body, EditVideo, "video")
         upload = body.file("video")
         if (upload is None) == (fields.video is None):
@@ -104,7 +105,8 @@ class Drafts:
                 return await self._with_input(fields, "video", path, new_id)
         assert fields.video is not None
         with NamedTemporaryFile(prefix="helios-upload-") as file:
-            await self._write_finished(known(fields.video.id), Path(file.name))
+            source = await self._completed(known(fields.video.id), owner)
+            await self._write_finished(source.id, Path(file.name))
             return await self._with_input(fields, "video", Path(file.name), new_id)
 
     async def extended(self, body: Body, new_id: NewId, source_id: str) -> Draft:
@@ -167,9 +169,11 @@ class Drafts:
         media = await self._store.put_input(video_id, path)
         return Draft(video_id, spec, fields.priority, fields.deadline_s, input=media, lead_seconds=fields.lead_seconds)
 
-    async def _completed(self, video_id: str) -> VideoStatus:
-        """How a video stands that has to be completed."""
+    async def _completed(self, video_id: str, owner: str | None = None) -> VideoStatus:
+        """How a video stands that has to be completed, and of this owner, if there is one."""
         status = await self._status(video_id)
+        if owner not in (None, status.owner):
+            raise NoSuchVideo(video_id)
         if status.status != "completed":
             raise NotPossible(f"video {video_id} is {status.status}; allowed: a completed video")
         return status
@@ -183,7 +187,6 @@ class Drafts:
 
     async def _write_finished(self, video_id: str, path: Path) -> None:
         """Puts a finished video's file together."""
-        await self._completed(video_id)
         record = await self._store.record(video_id)
         if record is None:
             raise NoSuchVideo(video_id)
@@ -213,6 +216,10 @@ class Once:
         self._digest = ""
         self._claim: Claim | None = None
         self.headers: dict[str, str] = {}
+
+    async def claimed(self) -> bool:
+        """Whether a request with its key was sent before."""
+        return self._key is not None and await self._store.claimed(self._owner, self._key, self._now) is not None
 
     async def earlier(self, body: Body, status: Callable[[str], Awaitable[VideoStatus]]) -> VideoStatus | None:
         """The video that this very request asked for when it was sent before; None if it did not, or if nothing came of
@@ -246,14 +253,13 @@ class Once:
         self._take(claim, own=claim.video_id == video_id)
         return claim.video_id
 
-    async def create(
-        self, video: VideoRequestRecord, create: Callable[[VideoRequestRecord, bool], Awaitable[VideoStatus]]
-    ) -> VideoStatus:
-        """What the Director's `create` answers, which is noted with the claim."""
+    async def create(self, create: Callable[[bool], Awaitable[VideoStatus]]) -> VideoStatus:
+        """What the Director's `create` answers, who is told whether it may have been asked before. It is noted with the
+        claim."""
         if self._key is None or self._claim is None:
-            return await create(video, False)
+            return await create(False)
         try:
-            status = await create(video, True)
+            status = await create(True)
         except HeliosError as error:
             if status_of(error) < 500:
                 await self._store.settle(self._owner, self._key, self._claim, "refused")

@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse
 from ray.serve.exceptions import RayServeException
 from starlette.exceptions import HTTPException
 
+from deployments.admission import TooMany
 from deployments.director import NoSuchVideo, Unreadable
 from deployments.making import NotPossible, ReplicaLost, TextLost
 from deployments.schemas import error_object
@@ -47,6 +48,8 @@ def status_of(error: HeliosError) -> int:
             return 422
         case NoSuchVideo():
             return 404
+        case TooMany():
+            return 429
         case Unreadable() | NotPossible():
             return 409
         case StoreFull():
@@ -68,6 +71,8 @@ def install_error_handlers(app: FastAPI) -> None:
         logger.info("refused", extra={"status": status, "code": error.code, "param": param})
         body = error_object(str(error), status, param, error.code)
         headers = {409: FINAL, 503: RETRY, 507: RETRY}.get(status, getattr(error, "headers", None))
+        if isinstance(error, TooMany):
+            headers = {"Retry-After": str(error.retry_after)}
         return JSONResponse(body, status, headers)
 
     @app.exception_handler(ReplicaLost)

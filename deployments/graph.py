@@ -10,7 +10,7 @@ from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
-from deployments.config import AppConfig, Pool
+from deployments.config import AppConfig, Pool, Quota
 from deployments.director import Director
 from deployments.logs import log_with_serve
 from deployments.making import Ref, ReplicaLost
@@ -100,19 +100,23 @@ class DirectorReplica:
             log_prompts=config.log_prompts,
             unwatched_s=config.unwatched_s,
             keep=Keep(days=config.keep_videos_days, bytes=config.keep_bytes),
+            admission=config.admission,
         )
 
     def check_health(self) -> None:
         self._director.check_health()
 
-    async def create(self, request: VideoRequestRecord, again: bool = False) -> VideoStatus:
-        return await self._director.create(request, again)
+    async def admit(self, owner: str, quota: Quota) -> None:
+        await self._director.admit(owner, quota)
+
+    async def create(self, request: VideoRequestRecord, again: bool, quota: Quota) -> VideoStatus:
+        return await self._director.create(request, again, quota)
 
     async def get(self, video_id: str) -> VideoStatus:
         return await self._director.get(video_id)
 
-    async def page(self, limit: int, after: str | None, newest_first: bool) -> Page:
-        return await self._director.page(limit, after, newest_first)
+    async def page(self, limit: int, after: str | None, newest_first: bool, owner: str | None) -> Page:
+        return await self._director.page(limit, after, newest_first, owner)
 
     async def news(self, video_id: str, seen: int) -> News:
         return await self._director.news(video_id, seen)
@@ -155,19 +159,22 @@ class RemoteDirector:
     async def ready(self) -> None:
         await call(self._handle, "ready")
 
-    async def create(self, request: VideoRequestRecord, again: bool = False) -> VideoStatus:
+    async def admit(self, owner: str, quota: Quota) -> None:
+        await self._of_any("admit", owner, quota)
+
+    async def create(self, request: VideoRequestRecord, again: bool, quota: Quota) -> VideoStatus:
         try:
-            status: VideoStatus = await call(self._handle, "create", request, again)
+            status: VideoStatus = await call(self._handle, "create", request, again, quota)
         except LEADERLESS:
-            status = await self._of_next("create", request, True)  # it may have been accepted
+            status = await self._of_next("create", request, True, quota)  # it may have been accepted
         return status
 
     async def get(self, video_id: str) -> VideoStatus:
         status: VideoStatus = await self._of_any("get", video_id)
         return status
 
-    async def page(self, limit: int, after: str | None, newest_first: bool) -> Page:
-        page: Page = await self._of_any("page", limit, after, newest_first)
+    async def page(self, limit: int, after: str | None, newest_first: bool, owner: str | None) -> Page:
+        page: Page = await self._of_any("page", limit, after, newest_first, owner)
         return page
 
     async def news(self, video_id: str, seen: int) -> News:

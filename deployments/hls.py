@@ -10,6 +10,7 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from deployments.content import FOREVER, LIVE_HEADERS, Reader, file_response
+from deployments.door import link_of
 from deployments.errors import RequestError
 from deployments.records import News
 from helios_core.config import CHUNK_FRAMES
@@ -19,8 +20,10 @@ PLAYLIST_TYPE = "application/vnd.apple.mpegurl"
 SEGMENT_TYPE = "video/iso.segment"
 
 
-def playlist(new: News) -> str:
-    """All segments so far. `new`: what there is to see for one who has seen nothing."""
+def playlist(new: News, query: str = "") -> str:
+    """All segments so far. `new`: what there is to see for one who has seen nothing; `query`: of each segment's
+    address, as players pass none on."""
+    query = query and f"?{query}"
     longest = -(-CHUNK_FRAMES // new.spec.fps)  # seconds, rounded up; the same from the first line to the last
     lines = [
         "#EXTM3U",
@@ -32,9 +35,9 @@ def playlist(new: News) -> str:
         "#EXT-X-START:TIME-OFFSET=0",  # else players begin near the end of what is not over yet
     ]
     if new.chunks:
-        lines.append('#EXT-X-MAP:URI="init.mp4"')
+        lines.append(f'#EXT-X-MAP:URI="init.mp4{query}"')
     for chunk in new.chunks:
-        lines += [f"#EXTINF:{chunk.frames / new.spec.fps},", f"{chunk.index}.m4s"]
+        lines += [f"#EXTINF:{chunk.frames / new.spec.fps},", f"{chunk.index}.m4s{query}"]
     if new.ended:
         lines.append("#EXT-X-ENDLIST")
     return "".join(f"{line}\n" for line in lines)
@@ -42,7 +45,7 @@ def playlist(new: News) -> str:
 
 def playlist_response(request: Request, new: News) -> Response:
     """The playlist, which will never be another one once the video is completed."""
-    body = playlist(new).encode()
+    body = playlist(new, link_of(request)).encode()
     headers = {"Cache-Control": FOREVER} if new.status == "completed" else LIVE_HEADERS
     headers = {**headers, "Content-Type": PLAYLIST_TYPE, "Content-Length": str(len(body))}
     return Response(b"" if request.method == "HEAD" else body, headers=headers)

@@ -6,19 +6,19 @@ import asyncio
 import contextvars
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
-from contextlib import aclosing, contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, aclosing, contextmanager, suppress
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import prometheus_client
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from opentelemetry.trace import Span, SpanKind
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from deployments.bodies import read_body
-from deployments.config import AppConfig
+from deployments.bodies import Body, read_body
+from deployments.config import AppConfig, Quota
 from deployments.content import (
     LIVE_HEADERS,
     VideoResponse,
@@ -30,11 +30,13 @@ from deployments.content import (
     objects_of,
 )
 from deployments.director import NoSuchVideo
+from deployments.door import Door, install_cors, without_link
 from deployments.drafts import KEY, Draft, Drafts, Once, known, no_such_model
 from deployments.errors import CutOff, RequestError, install_error_handlers, status_of
 from deployments.events import Position, events, position_of
 from deployments.graph import RemoteDirector
 from deployments.hls import init_response, playlist_response, segment_response
+from deployments.keys import Key
 from deployments.logs import log_with_serve
 from deployments.making import NotPossible, ReplicaLost
 from deployments.page import install_page
@@ -43,8 +45,8 @@ from deployments.schemas import (
     ChangePrompt,
     GetContent,
     ListVideos,
+    list_object,
     model_object,
-    page_object,
     prompt_object,
     video_object,
 )
@@ -59,7 +61,7 @@ from helios_core.spec import (
     check_transition,
 )
 
-NOBODY = ""  # whose videos and Idempotency-Keys they are: there are no accounts
+NOBODY = ""  # whose videos they are where there are no keys
 PLAYLIST_LOOKS = 3  # at a video without a chunk: hls.js gives up on the third playlist without a segment
 POLL = {"openai-poll-after-ms": "500"}  # how soon OpenAI's client asks again
 
@@ -68,9 +70,10 @@ class DirectorCalls(Protocol):
     """The Director's public methods, called in process or through a Serve handle."""
 
     async def ready(self) -> None: ...
-    async def create(self, request: VideoRequestRecord, again: bool = False) -> VideoStatus: ...
+    async def admit(self, owner: str, quota: Quota) -> None: ...
+    async def create(self, request: VideoRequestRecord, again: bool, quota: Quota) -> VideoStatus: ...
     async def get(self, video_id: str) -> VideoStatus: ...
-    async def page(self, limit: int, after: str | None, newest_first: bool) -> Page: ...
+    async def page(self, limit: int, after: str | None, newest_first: bool, owner: str | None) -> Page: ...
     async def news(self, video_id: str, seen: int) -> News: ...
     async def change_prompt(self, video_id: str, prompt: str, transition_chunks: int) -> PromptChange: ...
     async def pause(self, video_id: str) -> VideoStatus: ...
@@ -84,7 +87,9 @@ def http_app(
     config: AppConfig, cards: Sequence[ModelCard], director: DirectorCalls, store: Store, tracer: Tracer
 ) -> FastAPI:
     """The HTTP service over a Director and its store. `cards`: of the models, the default one first."""
-    app = FastAPI(title="Helios Serve", openapi_url=None)
+    door = Door(config, director.get, store)
+    app = FastAPI(title="Helios Serve", openapi_url=None, dependencies=[Depends(door)])
+    install_cors(app, config.cors_origins)
     install_error_handlers(app)
     models = {card.id: card for card in cards}
     drafts = Drafts(config, models, director.get, store)
@@ -105,8 +110,11 @@ def http_app(
         The span ends here: an ingress that dies later loses no root."""
         with span_of(request, tracer) as span:
             now, parent = time.time(), traceparent(span)
-            once = Once(request, NOBODY, store, now)
-            async with read_body(request, config.max_body_bytes, config.uploads.max_bytes if uploads else 0) as body:
+            owner, quota = owner_of(request) or NOBODY, door.quota(request.state.key)
+            once = Once(request, owner, store, now)
+            if not await once.claimed():  # what was accepted before is no more work
+                await director.admit(owner, quota)
+            async with read(request, config.uploads.max_bytes if uploads else 0) as body:
                 if (earlier := await once.earlier(body, director.get)) is not None:
                     span.set_attribute("video_id", earlier.id)
                     return earlier, {"traceparent": parent, **once.headers}
@@ -116,19 +124,26 @@ def http_app(
                 id=wanted.id,
                 created_at=now,
                 spec=wanted.spec,
+                owner=owner,
                 input=wanted.input,
                 origin=wanted.origin,
                 traceparent=parent,
                 while_watched=while_watched or wanted.spec.open_ended or wanted.lead_seconds is not None,
                 lead_seconds=wanted.lead_seconds,
-                owner=NOBODY,
                 priority=wanted.priority,
                 deadline_s=wanted.deadline_s,
             )
-            return await once.create(video, director.create), {"traceparent": parent, **once.headers}
+            create = partial(director.create, video, quota=quota)
+            return await once.create(create), {"traceparent": parent, **once.headers}
 
-    def answer(status: VideoStatus, headers: dict[str, str] | None = None) -> JSONResponse:
-        return JSONResponse(video_object(status, models.get(status.spec.model)), headers={**POLL, **(headers or {})})
+    def shown(request: Request, status: VideoStatus) -> dict[str, Any]:
+        return video_object(status, models.get(status.spec.model), door.share_url(request, status.id))
+
+    def answer(request: Request, status: VideoStatus, headers: dict[str, str] | None = None) -> JSONResponse:
+        return JSONResponse(shown(request, status), headers={**POLL, **(headers or {})})
+
+    def read(request: Request, upload_bytes: int = 0) -> AbstractAsyncContextManager[Body]:
+        return read_body(request, config.max_body_bytes, upload_bytes, config.max_body_seconds)
 
     def leave(video_id: str) -> None:
         """Cancels a video whose only viewer is gone. Ray cancels a request's calls with the request: not this one."""
@@ -174,7 +189,7 @@ def http_app(
 
     @app.post("/v1/videos")
     async def create(request: Request) -> JSONResponse:
-        return answer(*await accepted(request, drafts.new, uploads=True))
+        return answer(request, *await accepted(request, drafts.new, uploads=True))
 
     @app.post("/v1/videos/stream")
     async def stream(request: Request) -> Response:
@@ -190,23 +205,23 @@ def http_app(
     @app.post("/v1/videos/edits")
     @app.post("/v1/videos/extensions")
     async def edit(request: Request) -> JSONResponse:
-        return answer(*await accepted(request, drafts.edited, uploads=True))
+        return answer(request, *await accepted(request, partial(drafts.edited, owner=owner_of(request)), uploads=True))
 
     @app.post("/v1/videos/{video_id}/extend")
     async def extend(request: Request, video_id: str) -> JSONResponse:
-        return answer(*await accepted(request, drafts.extended, known(video_id)))
+        return answer(request, *await accepted(request, drafts.extended, known(video_id)))
 
     @app.post("/v1/videos/{video_id}/fork")
     async def fork(request: Request, video_id: str) -> JSONResponse:
-        return answer(*await accepted(request, drafts.forked, known(video_id)))
+        return answer(request, *await accepted(request, drafts.forked, known(video_id)))
 
     @app.post("/v1/videos/{video_id}/remix")
     async def remix(request: Request, video_id: str) -> JSONResponse:
-        return answer(*await accepted(request, drafts.remixed, known(video_id)))
+        return answer(request, *await accepted(request, drafts.remixed, known(video_id)))
 
     @app.post("/v1/videos/{video_id}/prompt")
     async def change_prompt(request: Request, video_id: str) -> JSONResponse:
-        async with read_body(request, config.max_body_bytes) as body:
+        async with read(request) as body:
             wanted = body.parse(ChangePrompt)
         check_prompt("prompt", wanted.prompt, config.limits)
         check_transition("transition_chunks", wanted.transition_chunks, config.limits)
@@ -221,13 +236,14 @@ def http_app(
         query = ListVideos.parse(request.query_params)
         try:
             after = None if query.after is None else known(query.after)
-            return JSONResponse(page_object(await director.page(query.limit, after, query.order == "desc"), models))
         except NoSuchVideo:
             raise InvalidInput("after", query.after, "the id of a video") from None
+        found = await director.page(query.limit, after, query.order == "desc", owner_of(request))
+        return JSONResponse(list_object([shown(request, video) for video in found.videos], found.has_more))
 
     @app.get("/v1/videos/{video_id}")
-    async def retrieve(video_id: str) -> JSONResponse:
-        return answer(await director.get(known(video_id)))
+    async def retrieve(request: Request, video_id: str) -> JSONResponse:
+        return answer(request, await director.get(known(video_id)))
 
     @app.delete("/v1/videos/{video_id}")
     async def delete(video_id: str) -> JSONResponse:
@@ -235,20 +251,20 @@ def http_app(
         return JSONResponse({"id": video_id, "object": "video.deleted", "deleted": True})
 
     @app.post("/v1/videos/{video_id}/pause")
-    async def pause(video_id: str) -> JSONResponse:
-        return answer(await director.pause(known(video_id)))
+    async def pause(request: Request, video_id: str) -> JSONResponse:
+        return answer(request, await director.pause(known(video_id)))
 
     @app.post("/v1/videos/{video_id}/resume")
-    async def resume(video_id: str) -> JSONResponse:
-        return answer(await director.resume(known(video_id)))
+    async def resume(request: Request, video_id: str) -> JSONResponse:
+        return answer(request, await director.resume(known(video_id)))
 
     @app.post("/v1/videos/{video_id}/cancel")
-    async def cancel(video_id: str) -> JSONResponse:
-        return answer(await director.cancel(known(video_id)))
+    async def cancel(request: Request, video_id: str) -> JSONResponse:
+        return answer(request, await director.cancel(known(video_id)))
 
     @app.api_route("/v1/videos/{video_id}/content", methods=["GET", "HEAD"])
     async def content(request: Request, video_id: str) -> Response:
-        query = GetContent.parse(request.query_params)
+        query = GetContent.parse(without_link(request.query_params))
         video = await director.get(known(video_id))
         if query.variant == "thumbnail":
             record = await store.record(video_id)
@@ -313,6 +329,12 @@ def http_app(
 
     install_page(app)
     return app
+
+
+def owner_of(request: Request) -> str | None:
+    """Who asks; None where there are no keys, and everybody may see everything."""
+    key: Key | None = request.state.key
+    return None if key is None else key.owner
 
 
 @contextmanager

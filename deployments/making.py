@@ -13,12 +13,13 @@ import math
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AsyncExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from opentelemetry.trace import Span
 
+from deployments.admission import Room
 from deployments.logs import event
 from deployments.metrics import Metrics
 from deployments.playback import Playback
@@ -174,6 +175,8 @@ class RunningVideo:
         unseen_s = min(made_s, (lead_s or 0.0) + CHUNK_FRAMES / request.spec.fps)
         self.playback = Playback(lead_s, unseen_s, asyncio.get_running_loop().time())
         self.unwatched: asyncio.TimerHandle | None = None
+        self.inside = AsyncExitStack()  # whether it is one of the videos that take turns
+        self.asked_at = 0.0  # when it wanted its newest chunk, by the loop's clock
         self.making: asyncio.Task[None]  # its chunks; this is what a cancel stops
         self.leading: asyncio.Task[None]  # the video, to its end; never cancelled
 
@@ -216,13 +219,15 @@ class Maker:
         store: Store,
         tracer: Tracer,
         term: int,
+        rooms: Mapping[str, Room],
         turns: Mapping[str, Turns],
         metrics: Metrics,
         keep_all_states: bool,
     ) -> None:
-        """`turns`: on each model's samplers; `keep_all_states`: not only the last one of each video."""
+        """`rooms`: of each model's videos; `turns`: on its samplers; `keep_all_states`: not only the last one of each
+        video."""
         self._graph, self._store, self._tracer, self._term = graph, store, tracer, term
-        self._turns, self._metrics, self._keep_all_states = turns, metrics, keep_all_states
+        self._rooms, self._turns, self._metrics, self._keep_all_states = rooms, turns, metrics, keep_all_states
 
     async def make(self, video: RunningVideo) -> None:
         """All chunks. If an input is lost on the way, again from the last commit, with what the store has.
@@ -230,17 +235,25 @@ class Maker:
         Raises ModelChanged if the video was to be made by another model than the one that is served.
         """
         self._check_model(video.request)
-        while True:
-            try:
-                return await self._make_from_last_commit(video)
-            except ExceptionGroup as group:
-                lost = next(leaves(group))
-                if not isinstance(lost, InputLost) or group.split(InputLost)[1] is not None:
-                    raise
-            video.texts = dict(video.stored_texts)
-            if video.cancelled:  # a task group on its way out with an error forgets a cancel
-                raise asyncio.CancelledError
-            await self._wait_for_retry(video, len(video.record.chunks), lost)
+        async with video.inside:
+            await self._come_in(video)
+            while True:
+                try:
+                    return await self._make_from_last_commit(video)
+                except ExceptionGroup as group:
+                    lost = next(leaves(group))
+                    if not isinstance(lost, InputLost) or group.split(InputLost)[1] is not None:
+                        raise
+                video.texts = dict(video.stored_texts)
+                if video.cancelled:  # a task group on its way out with an error forgets a cancel
+                    raise asyncio.CancelledError
+                await self._wait_for_retry(video, len(video.record.chunks), lost)
+
+    async def _come_in(self, video: RunningVideo) -> None:
+        """Returns when the video is one of those that take turns; `video.inside` is then how it leaves."""
+        request, deadline = video.request, video.playback.deadline(0.0)
+        door = self._rooms[request.spec.model].door
+        await video.inside.enter_async_context(door.turn(request.id, request.owner, request.priority, deadline))
 
     def _check_model(self, request: VideoRequestRecord) -> None:
         model = request.spec.model
@@ -266,6 +279,8 @@ class Maker:
                     # sampler instead of letting states pile up.
                     if commit is not None:
                         await commit
+                    if sampled.run is not None and not video.retries[index]:
+                        self._rooms[spec.model].took(asyncio.get_running_loop().time() - video.asked_at)
                 commit = renders.create_task(self._render_and_commit(video, chunk, index, state, sampled))
             if commit is not None:
                 await commit  # a task group takes a task that was cancelled for one that is done
@@ -355,7 +370,7 @@ class Maker:
             call = video.call(number, chunk)
             while True:
                 await self._wanted(video, index)
-                asked = time.time_ns()
+                asked, video.asked_at = time.time_ns(), asyncio.get_running_loop().time()
                 deadline = video.playback.deadline(video.begun_s(index))
                 async with self._turns[spec.model].turn(
                     video.request.id, video.request.owner, video.request.priority, deadline, again=number > 0
@@ -376,8 +391,13 @@ class Maker:
         """Returns when a chunk is wanted: the video is not paused, nor made too far ahead of its playback."""
         clock = asyncio.get_running_loop().time
         while True:
-            wait = math.inf if video.record.paused else video.playback.wait(video.begun_s(index), clock())
-            if wait <= 0:
+            if video.record.paused:
+                await video.inside.aclose()  # others may come in meanwhile
+                while video.record.paused:
+                    await video.changed.wait()
+                await self._come_in(video)
+            wait = video.playback.wait(video.begun_s(index), clock())
+            if wait <= 0 and not video.record.paused:
                 return
             with suppress(TimeoutError):
                 async with asyncio.timeout(None if wait == math.inf else wait):

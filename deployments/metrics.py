@@ -46,6 +46,7 @@ METRICS: tuple[Metric, ...] = (
         {"status": ("completed", "failed", "cancelled")},
     ),
     Metric("helios_videos_running", "gauge", "Videos accepted and not ended."),
+    Metric("helios_videos_queued", "gauge", "Videos accepted that wait until one of those that take turns ends."),
     Metric("helios_queue_depth", "gauge", "Videos that wait for a sampler now."),
     Metric("helios_sampling", "gauge", "Sample calls under way."),
     Metric("helios_samplers", "gauge", "Sample calls that may be under way at once: sampler replicas that live."),
@@ -207,6 +208,7 @@ class Metrics:
     def observe(
         self,
         running: Callable[[], int],
+        queued: Callable[[], int],
         waiting: Callable[[], int],
         sampling: Callable[[], int],
         samplers: Callable[[], int],
@@ -215,6 +217,7 @@ class Metrics:
     ) -> None:
         """Where the gauges are read from, at each `text`. Until then they are 0."""
         self._gauges["helios_videos_running"].set_function(running)
+        self._gauges["helios_videos_queued"].set_function(queued)
         self._gauges["helios_queue_depth"].set_function(waiting)
         self._gauges["helios_sampling"].set_function(sampling)
         self._gauges["helios_samplers"].set_function(samplers)

@@ -107,7 +107,8 @@ class VideoRequestRecord(Record):
     `while_watched`: the video is made only as long as somebody watches it.
     `lead_seconds`: so far ahead of its playback it may be made; None: as far as it goes.
     `fingerprint`: of the model that was to make it, as the Graph tells it.
-    `owner`: who asked for it; between owners turns are taken first.
+    `owner`: whose it is, as the file of keys has it, nobody's where there are no keys; between owners turns are taken
+    first.
     `deadline_s`: so many seconds after `created_at` it ends as failed, if it has not ended by then; None: it may take
     as long as it takes.
     """
@@ -197,7 +198,9 @@ class Usage(Record):
 class VideoStatus(Record):
     """Where a video stands at this moment: its record with the chunks, which may be hundreds, summed up.
 
-    `queue_position`: how many videos get a sampler before it; None if it does not wait for one.
+    `queue_position`: how many videos get a sampler before it, or a place among those that take turns; None if it waits
+    for neither. `estimated_start_at`: when its first chunk may be begun (Unix time), None if it was, or if nobody
+    knows; `estimated_completion_at`: when it may be completed.
     """
 
     id: str
@@ -210,13 +213,21 @@ class VideoStatus(Record):
     usage: Usage
     runs: tuple[Run, ...]
     queue_position: int | None
+    estimated_start_at: float | None
+    estimated_completion_at: float | None
     paused: bool
     owner: str
     priority: Priority
     deadline_s: float | None
 
     @classmethod
-    def of(cls, record: VideoRecord, queue_position: int | None) -> VideoStatus:
+    def of(
+        cls,
+        record: VideoRecord,
+        queue_position: int | None = None,
+        estimated_start_at: float | None = None,
+        estimated_completion_at: float | None = None,
+    ) -> VideoStatus:
         own = record.own_chunks
         return cls(
             id=record.id,
@@ -234,6 +245,8 @@ class VideoStatus(Record):
             ),
             runs=record.runs,
             queue_position=queue_position,
+            estimated_start_at=estimated_start_at,
+            estimated_completion_at=estimated_completion_at,
             paused=record.paused,
             owner=record.owner,
             priority=record.priority,

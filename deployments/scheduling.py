@@ -14,6 +14,8 @@ owners, where one who has only batch videos waiting yields to the others.
 
 from __future__ import annotations
 
+import heapq
+import math
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -115,3 +117,31 @@ def turns_on_asking(turns: int | None, round_: int) -> int:
     """What counts as taken by a video that asks for a sampler. `turns`: what it took, None if it is new; `round_`: the
     round that its owner's videos are in."""
     return round_ if turns is None else max(turns, round_ - 1)
+
+
+def forecast(
+    inside: Mapping[str, float], queue: Mapping[str, float], samplers: int, places: int
+) -> dict[str, tuple[float, float]]:
+    """When each video may expect its first turn, and its end: in times that a chunk takes, from now. Infinite for what
+    waits for one without an end.
+
+    Those that are `inside` share the samplers equally, none on more than one at a time (processor sharing); of the
+    `queue`, in its order, one comes in for each that ends, and at once where fewer than `places` are inside. Both: id ▸
+    chunks that are left to make, infinite without an end. `samplers` and `places` are at least 1.
+    """
+    waiting = deque(queue.items())
+    ending = [(left, video_id) for video_id, left in inside.items()]  # by the work that each had by then
+    heapq.heapify(ending)
+    told = {video_id: (0.0, math.inf) for video_id in inside}
+    now = work = 0.0  # `work`: chunks that a video had that was inside from the beginning
+    while True:
+        while waiting and len(ending) < places:
+            video_id, left = waiting.popleft()
+            told[video_id] = now, math.inf
+            heapq.heappush(ending, (work + left, video_id))
+        if not ending or ending[0][0] == math.inf:
+            return {**told, **{video_id: (math.inf, math.inf) for video_id, _ in waiting}}
+        share = min(1.0, samplers / len(ending))
+        until, video_id = heapq.heappop(ending)
+        now, work = now + (until - work) / share, until
+        told[video_id] = told[video_id][0], now

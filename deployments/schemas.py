@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import pydantic
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from deployments.config import AppConfig
-from deployments.records import Page, VideoStatus
+from deployments.records import VideoStatus
 from deployments.scheduling import Priority
 from helios_core.config import CHUNK_FRAMES, NATIVE_FPS
 from helios_core.errors import InvalidInput
@@ -236,8 +236,9 @@ class GetContent(Fields):
     partial: Literal["true", "false"] = Field("false", description="true or false")
 
 
-def video_object(status: VideoStatus, card: ModelCard | None) -> dict[str, Any]:
-    """The Video object of the OpenAI API, with our extensions. `card`: of its model; None if that is served no more.
+def video_object(status: VideoStatus, card: ModelCard | None, share_url: str) -> dict[str, Any]:
+    """The Video object of the OpenAI API, with our extensions. `card`: of its model; None if that is served no more;
+    `share_url`: of its content, for those who have no key.
 
     Its `note` says of which prompts the model knows no word, or is null.
     """
@@ -250,13 +251,16 @@ def video_object(status: VideoStatus, card: ModelCard | None) -> dict[str, Any]:
         "model": spec.model,
         "status": status.status,
         "queue_position": status.queue_position,
+        "estimated_start_at": _whole(status.estimated_start_at),
+        "estimated_completion_at": _whole(status.estimated_completion_at),
         "paused": status.paused,
         "priority": status.priority,
         "deadline_s": status.deadline_s,
         "progress": 0 if spec.open_ended else 100 * usage.chunks // spec.chunks,
         "created_at": int(status.created_at),
-        "completed_at": None if status.completed_at is None else int(status.completed_at),
+        "completed_at": _whole(status.completed_at),
         "expires_at": None,
+        "share_url": share_url,
         "size": f"{spec.width}x{spec.height}",
         "seconds": None if spec.open_ended else str(spec.seconds).removesuffix(".0"),
         "prompt": spec.prompt,
@@ -284,6 +288,10 @@ def video_object(status: VideoStatus, card: ModelCard | None) -> dict[str, Any]:
     }
 
 
+def _whole(at: float | None) -> int | None:
+    return None if at is None else int(at)
+
+
 def prompt_object(change: PromptChange, spec: VideoSpec) -> dict[str, Any]:
     """A change of the prompt: the chunk that it begins with, and when that is shown."""
     return {
@@ -294,15 +302,14 @@ def prompt_object(change: PromptChange, spec: VideoSpec) -> dict[str, Any]:
     }
 
 
-def page_object(page: Page, cards: Mapping[str, ModelCard]) -> dict[str, Any]:
-    """The answer of GET /v1/videos. `cards`: id ▸ card, of the models that are served."""
-    data = [video_object(status, cards.get(status.spec.model)) for status in page.videos]
+def list_object(videos: Sequence[dict[str, Any]], has_more: bool) -> dict[str, Any]:
+    """The answer of GET /v1/videos, of video objects."""
     return {
         "object": "list",
-        "data": data,
-        "first_id": data[0]["id"] if data else None,
-        "last_id": data[-1]["id"] if data else None,
-        "has_more": page.has_more,
+        "data": videos,
+        "first_id": videos[0]["id"] if videos else None,
+        "last_id": videos[-1]["id"] if videos else None,
+        "has_more": has_more,
     }
 
 

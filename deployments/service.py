@@ -52,6 +52,7 @@ def run_service(config: AppConfig) -> Iterator[str]:
                 # Read by each of Serve's processes. A service that goes leaves no time to those who watch.
                 os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = str(int(config.haproxy))
                 os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "1"
+                os.environ["RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S"] = str(config.idle_seconds)
                 for name, value in MALLOC.items():
                     os.environ.setdefault(name, value)
                 _start_ray(

@@ -4,6 +4,8 @@
     idempotency/{digest}/000001.json  claimed exclusively for the first request with an Idempotency-Key: its video's id.
                                       {digest}: SHA-256 of owner and key. The highest number holds, for a day
     active/{id}                       from acceptance to the end
+    owners/{digest}/{id}              whose a video is, and how many seconds of their day it takes: what lists them.
+                                      {digest}: SHA-256 of the owner. It stays for a day when the video is deleted
     videos/{id}/request.json          what was asked for
     videos/{id}/input                 the uploaded image or video that it begins with
     videos/{id}/init.mp4              the head of the file
@@ -116,6 +118,11 @@ def new_video_id(now: float) -> str:
     `now`: Unix time in seconds.
     """
     return f"video_{int(now * 1000):012x}{secrets.token_hex(10)}"
+
+
+def created_at(video_id: str) -> float:
+    """When an id was made, a Unix time."""
+    return int(video_id.removeprefix("video_")[:12], 16) / 1000
 
 
 def renamed(item: StoredObject, video_id: str, term: int) -> StoredObject:
@@ -308,9 +315,45 @@ class Store:
         return None
 
     async def accept(self, request: VideoRequestRecord) -> None:
-        """Store a request and mark it active: from here on a starting Director resumes it."""
+        """Store a request and mark it active: from here on a starting Director resumes it. One that has an owner is
+        `put_owned` before."""
         await self._put(f"videos/{_checked(request.id)}/request.json", request.model_dump_json().encode())
         await self.prepare(request.id)
+
+    async def put_owned(self, owner: str, video_id: str, seconds: float) -> None:
+        """Note whose a video is, and how many seconds of their day it takes."""
+        await self._put(_owned_key(owner, video_id), json.dumps(seconds).encode())
+
+    async def owns(self, owner: str, video_id: str) -> bool:
+        """Whether a video was noted as this owner's."""
+        with self._errors():
+            try:
+                await self._run(obstore.head, _owned_key(owner, video_id))
+            except FileNotFoundError:
+                return False
+        return True
+
+    async def owned(self, owner: str) -> list[str]:
+        """Ids of the videos that were noted as this owner's, newest first. Some may be there no more."""
+        names = await self._names(_owned_folder(owner))
+        return sorted((name for name in names if is_video_id(name)), reverse=True)
+
+    async def spent(self, owner: str, since: float) -> dict[str, float]:
+        """How many seconds each video takes of this owner's day, of those that were made at the Unix time `since` or
+        later."""
+        ids = [video_id for video_id in await self.owned(owner) if created_at(video_id) >= since]
+        found = await asyncio.gather(*(self._seconds(owner, video_id) for video_id in ids))
+        return dict(zip(ids, found, strict=True))
+
+    async def _seconds(self, owner: str, video_id: str) -> float:
+        try:
+            return float(json.loads(await self.read(_owned_key(owner, video_id))))
+        except ObjectMissing:
+            return 0.0  # forgotten since
+
+    async def forget_owned(self, owner: str, video_id: str) -> None:
+        """Remove the note of a video that is there no more."""
+        await self._delete([_owned_key(owner, video_id)])
 
     async def prepare(self, video_id: str) -> None:
         """Mark a video active of which something is stored before its request. Until `accept`, a starting Director
@@ -587,6 +630,14 @@ def _fetch(objects: Any, key: str, span: object) -> bytes:
 def _claim_key(owner: str, key: str, number: int) -> str:
     digest = hashlib.sha256(json.dumps([owner, key]).encode()).hexdigest()
     return f"idempotency/{digest}/{number:06d}.json"
+
+
+def _owned_folder(owner: str) -> str:
+    return f"owners/{hashlib.sha256(owner.encode()).hexdigest()}"
+
+
+def _owned_key(owner: str, video_id: str) -> str:
+    return f"{_owned_folder(owner)}/{_checked(video_id)}"
 
 
 def _checked(video_id: str) -> str:

@@ -30,6 +30,10 @@ class Turns:
     def waiting(self) -> int:
         return len(self._waiting)
 
+    def queue(self) -> list[str]:
+        """The videos that wait, in the order in which they get a sampler."""
+        return [place.video_id for place in self._order()]
+
     def place(self, video_id: str) -> int | None:
         """How many videos get a sampler before this one; None if it does not wait for one."""
         return scheduling.place(self._order(), video_id) if video_id in self._waiting else None

@@ -1,10 +1,15 @@
-"""`helios videos list | show | watch | cancel | rm`: the videos of a running service, over HTTP."""
+"""`helios videos list | show | watch | cancel | rm`: the videos of a running service, over HTTP.
+
+An API key comes in the variable HELIOS_KEY, and not as an option, which whoever lists this machine's processes would
+see.
+"""
 
 from __future__ import annotations
 
 import http.client
 import itertools
 import json
+import os
 import time
 import urllib.error
 import urllib.request
@@ -21,7 +26,7 @@ from rich.progress import DownloadColumn, Progress, TextColumn
 from helios_core.config import CHUNK_FRAMES
 from helios_core.errors import HeliosError, InvalidInput
 
-app = typer.Typer(no_args_is_help=True, help="The videos of a running service.")
+app = typer.Typer(no_args_is_help=True, help="The videos of a running service. HELIOS_KEY: the API key.")
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 LOCAL = "http://127.0.0.1:8000"
@@ -208,8 +213,11 @@ def answer(
         raise InvalidInput("url", url, "http:// or https://, a host and a port")
     where = f"{url.rstrip('/')}/v1/videos{path}"
     data = b"" if method == "POST" else None
+    key = os.environ.get("HELIOS_KEY")
     try:
         request = urllib.request.Request(where, data, headers or {}, method=method)
+        if key:
+            request.add_unredirected_header("Authorization", f"Bearer {key}")
         with urllib.request.urlopen(request, timeout=timeout_s) as response:
             yield response
     except urllib.error.HTTPError as error:

@@ -2,7 +2,8 @@
 
 First one video of the demo model at a time; the trace tells each part's share of its time. Then eight videos at once on
 two samplers whose chunks are paced: there it tells how long a sampler stands idle between two chunks. Last, there, two
-videos whose Director is killed: how long their viewers wait. Prints one Markdown table for people; the last line is the
+videos whose Director is killed: how long their viewers wait. And 200 requests for a video where there is room for 16:
+how long the others wait to hear that. Prints one Markdown table for people; the last line is the
 same as JSON.
 """
 
@@ -34,10 +35,16 @@ REPEATS = 5
 VIDEOS = 8
 BODY = {"prompt": "a red sun over a blue sea, drifting left", "seconds": 33 * 8 / 24, "steps": [1, 1, 1]}
 FRAMES = 33 * 8
+JSON = "application/json"
 PARTS = ("encode prompt", "sample", "decode", "encode", "store", "commit")  # spans that do work
 PACED = (
     "testing: true\nmodels: [{model: random, sampler: {min_replicas: 2, max_replicas: 2, min_chunk_seconds: 0.5}}]\n"
 )
+FULL = (
+    "testing: true\nadmission: {videos_per_sampler: 4, queued: 8}\n"
+    "models: [{model: random, sampler: {min_replicas: 2, max_replicas: 2, min_chunk_seconds: 1.0}}]\n"
+)
+REQUESTS, BURST_S = 200, 5.0
 DIRECTOR = "ray::ServeReplica:helios:Director"
 
 
@@ -52,7 +59,9 @@ def main() -> None:
         idle, hops = idle_times(trace_file)
         undisturbed = [pause for _ in range(REPEATS) for pause in pauses(url)]
         killed = [pause for k in range(REPEATS) for pause in pauses(url, kill_after=0.1 * k)]
-    report(start, runs, shares, idle, hops, undisturbed, killed)
+    with running_service(FULL) as (url, _, _):
+        rejections = burst(url)
+    report(start, runs, shares, idle, hops, undisturbed, killed, rejections)
 
 
 @contextmanager
@@ -127,6 +136,25 @@ def kill_director() -> None:
     director.kill()
 
 
+def burst(url: str) -> list[float]:
+    """How long those waited for their answer who were refused, of REQUESTS for a video in BURST_S seconds."""
+
+    def refused_after(number: int) -> float | None:
+        time.sleep(BURST_S * number / REQUESTS)
+        request = urllib.request.Request(f"{url}/v1/videos", json.dumps(BODY).encode(), {"Content-Type": JSON})
+        begin = time.perf_counter()
+        try:
+            with urllib.request.urlopen(request):
+                return None
+        except urllib.error.HTTPError as error:
+            if error.code != 429:
+                raise
+            return time.perf_counter() - begin
+
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        return [seconds for seconds in pool.map(refused_after, range(REQUESTS)) if seconds is not None]
+
+
 def wait_until_ready(url: str, service: subprocess.Popen[bytes]) -> None:
     while True:
         try:
@@ -141,9 +169,7 @@ def wait_until_ready(url: str, service: subprocess.Popen[bytes]) -> None:
 def stream(url: str, begun: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Watches one video live; calls `begun` when its first fragment has begun to arrive. Its id, the seconds to that,
     the frames per second after it, and the longest pause in what arrives after it."""
-    request = urllib.request.Request(
-        f"{url}/v1/videos/stream", json.dumps(BODY).encode(), {"Content-Type": "application/json"}
-    )
+    request = urllib.request.Request(f"{url}/v1/videos/stream", json.dumps(BODY).encode(), {"Content-Type": JSON})
     begin = time.perf_counter()
     first = last = pause = 0.0
     with urllib.request.urlopen(request) as response:
@@ -170,6 +196,7 @@ def report(
     hops: list[float],
     undisturbed: list[float],
     killed: list[float],
+    rejections: list[float],
 ) -> None:
     figures: dict[str, Any] = {
         "service ready after (s)": round(start, 1),
@@ -180,6 +207,9 @@ def report(
         "8 videos, 2 samplers: from a turn to its sampling (s)": quantiles(hops),
         "2 videos, a chunk of each 0.5 s: a viewer's longest pause (s)": spread(undisturbed),
         "the same, over a SIGKILL of the Director (s)": spread(killed),
+        f"{REQUESTS} requests in {BURST_S:g} s, room for 16: a refusal, of {len(rejections)} (s)": (
+            f"{statistics.median(rejections):.3f} (p99 {statistics.quantiles(rejections, n=100)[98]:.3f})"
+        ),
     }
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     setting = {

@@ -131,7 +131,8 @@ async def serving(
     store = ReadStore(config.store)
     graph = GatedGraph(config)
     patience_s = settings.get("store_patience_s", 0.0)
-    director = await Director.start(graph, store, Tracer("director"), patience_s, keep_all_states)
+    tracer = Tracer("director")
+    director = await Director.start(graph, store, tracer, patience_s, keep_all_states, admission=config.admission)
     trace_file = folder / "spans"
     tracer = Tracer("ingress", str(trace_file))
     app = http_app(config, [Checkpoint.open(each.model).card for each in config.models], director, store, tracer)

@@ -17,7 +17,7 @@ import pytest
 
 from deployments.content import file_bytes, live_bytes, objects_of
 from deployments.errors import CutOff
-from deployments.making import ReplicaLost, RunningVideo
+from deployments.making import ReplicaLost, RunningVideo, first_record
 from deployments.records import ChunkRecord, News, Status, Timings, VideoRecord
 from deployments.store import new_video_id
 from helios_core.config import CHUNK_FRAMES
@@ -32,10 +32,16 @@ BODY = {"prompt": PROMPT, "seconds": 3 * CHUNK_FRAMES / 24, "size": "64x64", "st
 
 
 async def put_video(
-    service: LocalService, status: Status = "completed", sizes: tuple[int, ...] = SIZES, at: float = 1.0
+    service: LocalService,
+    status: Status = "completed",
+    sizes: tuple[int, ...] = SIZES,
+    at: float = 1.0,
+    owner: str = "",
 ) -> tuple[str, bytes]:
     """A video that has ended, of random bytes, created at the Unix time `at`: its id and its file."""
-    asked = request(chunks=3).model_copy(update={"id": new_video_id(at), "created_at": at})
+    asked = request(chunks=3).model_copy(update={"id": new_video_id(at), "created_at": at, "owner": owner})
+    if owner:
+        await service.store.put_owned(owner, asked.id, asked.spec.seconds)
     await service.store.accept(asked)
     parts = [os.urandom(size) for size in sizes]
     init = await service.store.put_init(asked.id, parts[0])
@@ -44,8 +50,8 @@ async def put_video(
     for index, part in enumerate(parts[1:]):
         fragment = await service.store.put_fragment(asked.id, index, TERM, part)
         chunks.append(ChunkRecord(index=index, frames=33, steps=3, fragment=fragment, state=fragment, timings=timings))
-    record = VideoRecord(
-        id=asked.id, created_at=at, spec=asked.spec, status=status, init=init, chunks=tuple(chunks), completed_at=at
+    record = first_record(asked).model_copy(
+        update={"status": status, "init": init, "chunks": tuple(chunks), "completed_at": at}
     )
     await service.store.put_record(record, TERM)
     await service.store.end(asked.id)

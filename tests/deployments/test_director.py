@@ -67,9 +67,10 @@ class GatedGraph(LocalGraph):
         self.gates: dict[tuple[str, str], Gate] = {}
         self.errors: dict[tuple[str, str], BaseException] = {}
         self.losses: dict[tuple[str, str], list[Exception]] = {}  # raised one after the other
+        self.at_once = 99  # a video held at a gate shall hold no other
 
     def samplers(self, model: str) -> int:
-        return 99  # a video held at a gate shall hold no other
+        return self.at_once
 
     def gate(self, point: str, prompt: str = PROMPT) -> Gate:
         return self.gates.setdefault((prompt, point), Gate())
@@ -143,7 +144,8 @@ class Rig:
         status = await self.director.get(video_id)
         running = self.director._running.get(video_id)
         record = await self.store.record(video_id) if running is None else running.record
-        assert record is not None and status == VideoStatus.of(record, status.queue_position)
+        told = (status.queue_position, status.estimated_start_at, status.estimated_completion_at)
+        assert record is not None and status == VideoStatus.of(record, *told)
         return record
 
     async def watch(self, video_id: str, from_chunk: int = 0) -> AsyncGenerator[Event, None]:

@@ -22,6 +22,7 @@ from ray import serve
 
 from deployments.cli import free_port
 from deployments.config import AppConfig
+from deployments.keys import new_key
 from deployments.service import APP_NAME, run_service
 from tests.core import media_files
 
@@ -37,23 +38,33 @@ CLIP = ("clip.mp4", media_files.video(48), "video/mp4")
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def key(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """What the client sends, and the file in which its digest is."""
+    token, key = new_key("acme", "videos", None)
+    file = tmp_path_factory.mktemp("keys") / "keys.json"
+    file.write_text(json.dumps({"keys": [key.model_dump()]}))
+    return token, file
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory, key: tuple[str, Path]) -> Iterator[str]:
     config = AppConfig(
         store=str(tmp_path_factory.mktemp("store")), port=free_port(), testing=True, torch_threads=1
     ).override(
+        keys=str(key[1]),
         models=[
             {"model": "random"},
             {"model": "random-base"},
             {"model": "random-mid", "sampler": {"min_chunk_seconds": CHUNK_SECONDS}},
-        ]
+        ],
     )
     with run_service(config) as url:
         yield url
 
 
 @pytest.fixture(scope="module")
-def client(url: str) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0, timeout=120) as client:
+def client(url: str, key: tuple[str, Path]) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{url}/v1", api_key=key[0], max_retries=0, timeout=120) as client:
         yield client
 
 
@@ -80,6 +91,13 @@ def frames_of(data: bytes) -> list[tuple[int, int]]:
 # The way of a video
 
 
+def test_another_key_is_refused(url: str) -> None:
+    with OpenAI(base_url=f"{url}/v1", api_key="helios_another", max_retries=0) as stranger:
+        with pytest.raises(openai.AuthenticationError) as error:
+            stranger.videos.list()
+    assert error.value.code == "unauthorized"
+
+
 def test_create_poll_retrieve_and_download(client: OpenAI, url: str, tmp_path: Path) -> None:
     created = client.videos.create(prompt=PROMPT, model="random", size="128x64", seconds="2")
     assert (created.object, created.status, created.model) == ("video", "queued", "random")
@@ -91,7 +109,7 @@ def test_create_poll_retrieve_and_download(client: OpenAI, url: str, tmp_path: P
     assert client.videos.retrieve(video.id) == video
 
     data = content(client, video)
-    assert data == httpx.get(f"{url}/v1/videos/{video.id}/content").content
+    assert data == httpx.get(video.model_extra["share_url"]).content  # which needs no key
     assert data == client.videos.download_content(video.id, variant="video").content
     assert frames_of(data) == 48 * [(128, 64)]
     with client.videos.with_streaming_response.download_content(video.id) as response:

@@ -50,7 +50,12 @@ class Service:
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     config = AppConfig(
-        store=str(tmp_path_factory.mktemp("store")), port=free_port(), testing=True, torch_threads=1, haproxy=True
+        store=str(tmp_path_factory.mktemp("store")),
+        port=free_port(),
+        testing=True,
+        torch_threads=1,
+        haproxy=True,
+        insecure=True,
     ).override(models=[{"model": "random", "sampler": {"min_chunk_seconds": CHUNK_SECONDS}}])
     with run_service(config) as url, httpx.Client(base_url=url, timeout=120) as http:
         yield Service(url, http, config.store)
