@@ -10,19 +10,32 @@ export class ApiError extends Error {
   }
 }
 
-export const urlOf = (path) => new URL(path, BASE).href;
+/** The API key that goes with each request, as long as this tab is open. */
+export const keyOf = () => sessionStorage.getItem("key");
+export const useKey = (key) => sessionStorage.setItem("key", key);
+
+/** `keyless`: an answer was refused for want of a key that is good. */
+export const heard = new EventTarget();
+
+/** What a browser fetches by itself, without the key: by the link that came with the video, which lets it in. */
+export function mediaOf({ id, share_url: shared }, path, query = {}) {
+  const url = new URL(`videos/${id}/${path}`, BASE);
+  url.search = new URLSearchParams([...new URL(shared).searchParams, ...Object.entries(query)]);
+  return url.href;
+}
 
 /** The answer to a request. `body`: what becomes JSON, or a FormData. Throws ApiError. */
 export async function call(method, path, body) {
-  const request = { method, body };
+  const request = { method, body, headers: keyOf() ? { Authorization: `Bearer ${keyOf()}` } : {} };
   if (body !== undefined && !(body instanceof FormData)) {
     request.body = JSON.stringify(body);
-    request.headers = { "Content-Type": "application/json" };
+    request.headers["Content-Type"] = "application/json";
   }
-  const response = await fetch(urlOf(path), request).catch(() => {
+  const response = await fetch(new URL(path, BASE), request).catch(() => {
     throw new ApiError(0, { message: "the service does not answer" });
   });
   const answer = await response.json().catch(() => ({}));
+  if (response.status === 401) heard.dispatchEvent(new Event("keyless"));
   if (!response.ok) {
     throw new ApiError(response.status, answer.error ?? { message: `the service answered with ${response.status}` });
   }
@@ -34,8 +47,8 @@ export async function call(method, path, body) {
  * by itself after a lost connection, with the last id, so nothing is told twice.
  * `handlers`: event's name ▸ what to do with its data.
  */
-export function follow(videoId, handlers, signal) {
-  const source = new EventSource(urlOf(`videos/${videoId}/events`));
+export function follow(video, handlers, signal) {
+  const source = new EventSource(mediaOf(video, "events"));
   signal.addEventListener("abort", () => source.close());
   for (const [name, handle] of Object.entries(handlers)) {
     source.addEventListener(name, (event) => {

@@ -1,6 +1,6 @@
 // Recent videos, each with its first picture, which moves while it is pointed at.
 
-import { call, urlOf } from "./api.js";
+import { call, mediaOf } from "./api.js";
 
 const PAGE = 12;
 const ASK_MS = 5000;
@@ -35,7 +35,7 @@ export class Gallery {
     }
     let before = null;
     for (const video of page.data) {
-      const card = this.#cards.get(video.id) ?? this.#added(video.id);
+      const card = this.#cards.get(video.id) ?? this.#added(video);
       show(card, video);
       const place = before ? before.nextSibling : this.#list.firstChild;
       if (place !== card) this.#list.insertBefore(card, place);
@@ -44,18 +44,20 @@ export class Gallery {
     this.#older.hidden = !page.has_more || limit === 100;
   }
 
-  #added(id) {
+  #added(video) {
+    const { id } = video;
     const card = document.getElementById("card").content.cloneNode(true).firstElementChild;
     const link = card.querySelector("a");
     link.href = `#/videos/${id}`;
-    for (const name of ["pointerenter", "focus"]) link.addEventListener(name, () => play(card, id));
+    for (const name of ["pointerenter", "focus"]) link.addEventListener(name, () => play(card, video));
     for (const name of ["pointerleave", "blur"]) link.addEventListener(name, () => card.querySelector("video")?.remove());
     this.#cards.set(id, card);
     return card;
   }
 }
 
-function show(card, { id, prompt, status, seconds, progress, usage }) {
+function show(card, video) {
+  const { prompt, status, seconds, progress, usage } = video;
   card.dataset.status = status;
   const text = (selector, value) => {
     const element = card.querySelector(selector);
@@ -67,17 +69,17 @@ function show(card, { id, prompt, status, seconds, progress, usage }) {
   const picture = card.querySelector(".picture");
   if (usage.chunks && !picture.querySelector("img")) {
     const image = document.createElement("img");
-    Object.assign(image, { src: urlOf(`videos/${id}/content?variant=thumbnail`), alt: "", loading: "lazy" });
+    Object.assign(image, { src: mediaOf(video, "content", { variant: "thumbnail" }), alt: "", loading: "lazy" });
     picture.append(image);
   }
 }
 
 const told = (status) => ({ in_progress: "being made", completed: "whole", cancelled: "stopped" })[status] ?? status;
 
-function play(card, id) {
+function play(card, of) {
   if (card.dataset.status !== "completed" || card.querySelector("video")) return;
   const video = document.createElement("video");
-  Object.assign(video, { src: urlOf(`videos/${id}/content`), muted: true, loop: true, playsInline: true, tabIndex: -1 });
+  Object.assign(video, { src: mediaOf(of, "content"), muted: true, loop: true, playsInline: true, tabIndex: -1 });
   video.setAttribute("aria-hidden", "true");
   card.querySelector(".picture").append(video);
   video.play().catch(() => {}); // taken away before it began, or a browser that plays nothing by itself: the picture stays

@@ -1,10 +1,13 @@
 // The page: which videos are watched is in its address, #/videos/{id} or, side by side, #/videos/{id}/{id}.
 
+import { ApiError, heard, useKey } from "./api.js";
 import { Composer } from "./composer.js";
+import { onSubmit } from "./forms.js";
 import { Gallery } from "./gallery.js";
 import { Watch } from "./watch.js";
 
 const place = document.getElementById("watch");
+const door = document.getElementById("door");
 const composer = new Composer(document.getElementById("composer"), go);
 const gallery = new Gallery(document.getElementById("gallery"));
 let watches = [];
@@ -69,6 +72,18 @@ document.addEventListener("keydown", (event) => {
   KEYS[key](watches[0]);
 });
 
+heard.addEventListener("keyless", () => {
+  if (!door.hidden) return;
+  door.hidden = false;
+  door.elements.key.focus();
+});
+onSubmit(door, async () => {
+  useKey(door.elements.key.value.trim());
+  location.reload();
+});
+
 addEventListener("hashchange", show);
 show();
-await composer.load();
+await composer.load().catch((error) => {
+  if (!(error instanceof ApiError && error.status === 401)) throw error;
+});

@@ -1,6 +1,6 @@
 // One video that is watched: played while it is made, steered, and what can follow from it.
 
-import { ApiError, call, follow, urlOf } from "./api.js";
+import { ApiError, call, follow, mediaOf } from "./api.js";
 import { filledIn, onSubmit } from "./forms.js";
 import { Pace } from "./pace.js";
 import { Stream, aheadOf } from "./stream.js";
@@ -42,7 +42,7 @@ export class Watch {
     this.#show(await call("GET", `videos/${this.#id}`));
     if (signal.aborted) return;
     follow(
-      this.#id,
+      this.#status,
       {
         chunk: (chunk) => {
           this.#chunks.push(chunk);
@@ -112,7 +112,7 @@ export class Watch {
       };
       this.#stream = new Stream(video, of, at);
     } else {
-      video.src = urlOf(`videos/${this.#id}/hls/index.m3u8`);
+      video.src = mediaOf(this.#status, "hls/index.m3u8");
       video.currentTime = at;
     }
     this.#start();
@@ -221,7 +221,7 @@ export class Watch {
 
   get #file() {
     const whole = !this.#ended || this.#status.status === "completed";
-    return urlOf(`videos/${this.#id}/content${whole ? "" : "?partial=true"}`);
+    return mediaOf(this.#status, "content", whole ? {} : { partial: true });
   }
 
   get #place() {

@@ -5,6 +5,7 @@ to play.
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -17,6 +18,7 @@ from playwright.sync_api import Browser, expect
 
 from deployments.cli import free_port
 from deployments.config import AppConfig
+from deployments.keys import new_key
 from deployments.service import run_service
 from helios_core.config import CHUNK_FRAMES
 from helios_core.demo.score import score
@@ -36,16 +38,25 @@ CONTROLS = "a[href], button, input, select, textarea, summary, .pane video"
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def key(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """What the page's viewers have, and the file in which its digest is."""
+    token, key = new_key("acme", "videos", None)
+    file = tmp_path_factory.mktemp("keys") / "keys.json"
+    file.write_text(json.dumps({"keys": [key.model_dump()]}))
+    return token, file
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory, key: tuple[str, Path]) -> Iterator[str]:
     demo = {"model": "demo", "sampler": {"min_chunk_seconds": PACE, "min_replicas": 2, "max_replicas": 2}}
     config = AppConfig(store=str(tmp_path_factory.mktemp("store")), port=free_port())
-    with run_service(config.override(models=[demo], testing=True, torch_threads=1)) as url:
+    with run_service(config.override(models=[demo], testing=True, torch_threads=1, keys=str(key[1]))) as url:
         yield url
 
 
 @pytest.fixture(scope="module")
-def http(url: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=url, timeout=120) as client:
+def http(url: str, key: tuple[str, Path]) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=url, timeout=120, headers={"Authorization": f"Bearer {key[0]}"}) as client:
         yield client
 
 
@@ -57,8 +68,8 @@ def browser(url: str) -> Iterator[Browser]:
 
 
 @pytest.fixture
-def enter(browser: Browser, url: str, http: httpx.Client) -> Iterator[Enter]:
-    with entering(browser, url, http) as enter:
+def enter(browser: Browser, url: str, http: httpx.Client, key: tuple[str, Path]) -> Iterator[Enter]:
+    with entering(browser, url, http, key[0]) as enter:
         yield enter
 
 
@@ -70,6 +81,22 @@ def finished(http: httpx.Client) -> str:
     video_id: str = http.post("/v1/videos", json=body).json()["id"]
     assert http.get(f"/v1/videos/{video_id}/content").status_code == 200  # to its end
     return video_id
+
+
+def test_a_key_is_asked_for_and_kept_in_the_tab(enter: Enter, key: tuple[str, Path], finished: str) -> None:
+    viewer = enter(keyless=True)
+    viewer.allowed = "status of 401"
+    field = viewer.field("API key", form="Key")
+    for sent in ("helios_wrong", key[0]):
+        expect(field).to_be_focused()
+        field.fill(sent)
+        viewer.button("Use this key").click()
+        viewer.page.wait_for_load_state("networkidle")
+    expect(viewer.field("Size")).not_to_have_value("")
+    expect(viewer.page.get_by_role("form", name="Key")).to_be_hidden()
+    viewer.open(finished)
+    viewer.to_the_end()
+    assert all(key[0] not in asked for asked in viewer.asked)
 
 
 # Playing what is being made

@@ -139,22 +139,27 @@ def chromium() -> Iterator[Browser]:
 
 
 @contextmanager
-def entering(browser: Browser, url: str, http: httpx.Client) -> Iterator[Enter]:
-    """Opens the page for one more viewer. `at`: where the service is reached; `script`: run before the page's own."""
+def entering(browser: Browser, url: str, http: httpx.Client, key: str | None = None) -> Iterator[Enter]:
+    """Opens the page for one more viewer. `key`: what each has in their tab, unless `keyless`; `at`: where the service
+    is reached; `script`: run before the page's own."""
     viewers: list[Viewer] = []
 
-    def enter(at: str = url, script: str = "", width: int = 1280, colors: Any = "light") -> Viewer:
+    def enter(
+        at: str = url, script: str = "", width: int = 1280, colors: Any = "light", keyless: bool = False
+    ) -> Viewer:
         size = ViewportSize(width=width, height=900)
         context = browser.new_context(viewport=size, color_scheme=colors, reduced_motion="reduce")
         context.set_default_timeout(30_000)
-        context.add_init_script(SEEN + script)
+        has_key = "" if key is None or keyless else f'sessionStorage.setItem("key", "{key}")'
+        context.add_init_script("\n".join((SEEN, has_key, script)))
         viewer = Viewer(context.new_page(), http, at)
         viewer.page.on("console", lambda told: told.type == "error" and viewer.errors.append(told.text))
         viewer.page.on("pageerror", lambda error: viewer.errors.append(str(error)))
         viewer.page.on("request", lambda request: viewer.asked.append(request.url))
         viewers.append(viewer)
         viewer.page.goto(f"{at}/")
-        expect(viewer.field("Size")).not_to_have_value("")
+        if not keyless:
+            expect(viewer.field("Size")).not_to_have_value("")
         return viewer
 
     yield enter
