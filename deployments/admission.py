@@ -141,6 +141,12 @@ class Admission:
                 self._spent[request.owner][request.id] = made
             await self._store.put_owned(request.owner, request.id, made)
 
+    async def deleted(self, request: VideoRequestRecord) -> None:
+        """A video was deleted. What it took of its owner's day counts until that is over; whose it was is forgotten
+        then, at the latest when they list their videos. Raises StoreUnavailable."""
+        if request.owner and created_at(request.id) < time.time() - DAY_S:
+            await self._store.forget_owned(request.owner, request.id)
+
     async def _load(self, owner: str, quota: Quota) -> None:
         """Sees to it that the owner's last day is known, if that matters."""
         if quota.seconds_per_day is not None and owner not in self._spent:

@@ -249,7 +249,8 @@ class Director:
         prompt = shown(request.spec.prompt, self._log_prompts)
         event(logger, "accepted", request, prompt=prompt, chunks=request.spec.chunks)
         self._run(RunningVideo(request, record))
-        return self._status(record)
+        await asyncio.sleep(0)  # it has a place in the queue when its making has begun
+        return self._status(self._running[request.id].record)
 
     def _run(self, video: RunningVideo) -> None:
         """Makes a video to its end."""
@@ -446,6 +447,7 @@ class Director:
                 await asyncio.wait([video.leading])
             await self._store.delete(video_id)
         if request is not None:
+            await self._admission.deleted(request)
             event(logger, "deleted", request)
 
     @contextmanager

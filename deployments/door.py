@@ -30,7 +30,16 @@ SHARED = ("/content", "/events", "/hls/index.m3u8", "/hls/init.mp4", "/hls/{inde
 LINK = ("key", "expires", "signature")  # the query of a link
 HOUR_S = 3600
 OWNERS_KEPT = 10_000  # videos of which an ingress remembers whose they are
-SENT = ("Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID", "Range", "If-Range", "traceparent")
+SENT = (
+    "Authorization",
+    "Content-Type",
+    "Idempotency-Key",
+    "Last-Event-ID",
+    "Range",
+    "If-Range",
+    "X-Request-Id",
+    "traceparent",
+)
 TOLD = (
     "Content-Range", "ETag", "Idempotent-Replayed", "Retry-After", "X-Request-Id", "X-Video-Id", "openai-poll-after-ms",
     "traceparent",

@@ -257,6 +257,11 @@ async def test_a_list_forgets_what_was_deleted_when_its_day_is_over(tmp_path: Pa
         page = (await service.send("GET", "/v1/videos", "one")).json()
         assert [video["id"] for video in page["data"]] == [kept]
         assert await store.owned("one") == [kept, new]
+        gone, _ = await put_video(service.service, owner="one", at=now - DAY_S - 60)
+        await store.delete(gone)  # as by an earlier Director that died before it could forget
+        assert gone in await store.owned("one")
+        await service.send("GET", "/v1/videos", "one")
+        assert await store.owned("one") == [kept, new]
 
 
 async def test_a_video_that_cannot_be_read_can_be_deleted_by_who_it_is_of(tmp_path: Path) -> None:
