@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from deployments.admission import TooMany
 from deployments.director import NoSuchVideo, Unreadable
 from deployments.making import NotPossible, ReplicaLost, TextLost
+from deployments.request_ids import HEADER, request_id
 from deployments.schemas import error_object
 from deployments.store import StoreFull, StoreUnavailable, Superseded
 from helios_core.errors import HeliosError, InvalidInput
@@ -63,12 +64,13 @@ def install_error_handlers(app: FastAPI) -> None:
     """Every error of `app` leaves as an error envelope, without inner detail."""
 
     @app.exception_handler(HeliosError)
-    async def own(_: Request, error: HeliosError) -> JSONResponse:
+    async def own(request: Request, error: HeliosError) -> JSONResponse:
         status = status_of(error)
         if status == 500:
-            return unexpected(error)
+            return unexpected(request, error)
         param = error.field if isinstance(error, InvalidInput) else getattr(error, "param", None)
-        logger.info("refused", extra={"status": status, "code": error.code, "param": param})
+        told = {"status": status, "code": error.code, "param": param, "request_id": request_id(request)}
+        logger.info("refused", extra=told)
         body = error_object(str(error), status, param, error.code)
         headers = {409: FINAL, 503: RETRY, 507: RETRY}.get(status, getattr(error, "headers", None))
         if isinstance(error, TooMany):
@@ -77,8 +79,8 @@ def install_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(ReplicaLost)
     @app.exception_handler(RayServeException)
-    async def unavailable(_: Request, error: Exception) -> JSONResponse:
-        logger.warning("a replica was not there: %s", error)
+    async def unavailable(request: Request, error: Exception) -> JSONResponse:
+        logger.warning("a replica was not there: %s", error, extra={"request_id": request_id(request)})
         message = "a part of the service is not there at the moment; try again"
         return JSONResponse(error_object(message, 503, None, "unavailable"), 503, RETRY)
 
@@ -91,11 +93,13 @@ def install_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception) -> JSONResponse:
         if isinstance(error, CutOff):  # no bug, and this answer is not sent: another one has begun
-            logger.info("cut off", extra={"path": request.url.path, "reason": str(error)})
+            told = {"path": request.url.path, "reason": str(error), "request_id": request_id(request)}
+            logger.info("cut off", extra=told)
             return JSONResponse(None)
-        return unexpected(error)
+        return unexpected(request, error)
 
 
-def unexpected(error: Exception) -> JSONResponse:
-    logger.error("request failed", exc_info=error)
-    return JSONResponse(error_object("the service failed; this is logged", 500, None, "internal_error"), 500)
+def unexpected(request: Request, error: Exception) -> JSONResponse:
+    logger.error("request failed", exc_info=error, extra={"request_id": request_id(request)})
+    body = error_object("the service failed; this is logged", 500, None, "internal_error")
+    return JSONResponse(body, 500, {HEADER: request_id(request)})  # a bug's answer is made outside of all middleware

@@ -41,6 +41,7 @@ from deployments.logs import log_with_serve
 from deployments.making import NotPossible, ReplicaLost
 from deployments.page import install_page
 from deployments.records import News, Page, VideoRequestRecord, VideoStatus
+from deployments.request_ids import RequestIds, request_id
 from deployments.schemas import (
     ChangePrompt,
     GetContent,
@@ -328,6 +329,7 @@ def http_app(
         return JSONResponse({"status": "ready", "models": list(models)})
 
     install_page(app)
+    app.add_middleware(RequestIds)  # at last, and so around all others
     return app
 
 
@@ -341,8 +343,8 @@ def owner_of(request: Request) -> str | None:
 def span_of(request: Request, tracer: Tracer) -> Iterator[Span]:
     """A request's span, a child of the caller's if there is one. What the caller did wrong is no error of the span."""
     refused: HeliosError | None = None
-    name = f"{request.method} {request.url.path}"
-    with tracer.span(name, request.headers.get("traceparent"), kind=SpanKind.SERVER) as span:
+    name, parent = f"{request.method} {request.url.path}", request.headers.get("traceparent")
+    with tracer.span(name, parent, kind=SpanKind.SERVER, request_id=request_id(request)) as span:
         try:
             yield span
         except HeliosError as error:

@@ -53,6 +53,7 @@ def run_service(config: AppConfig) -> Iterator[str]:
                 os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = str(int(config.haproxy))
                 os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "1"
                 os.environ["RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S"] = str(config.idle_seconds)
+                os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = "deployments.request_ids.before_serve"
                 for name, value in MALLOC.items():
                     os.environ.setdefault(name, value)
                 _start_ray(

@@ -78,7 +78,7 @@ async def test_a_request_is_a_part_of_its_callers_trace(service: LocalService, r
     (span,) = service.spans()
     assert (span["name"], span["kind"], span["parent_id"]) == (f"POST {route}", "SpanKind.SERVER", f"0x{SPAN}")
     assert span["context"]["trace_id"] == f"0x{TRACE}"
-    assert span["attributes"] == {"video_id": video_id}
+    assert span["attributes"] == {"video_id": video_id, "request_id": answer.headers["x-request-id"]}
     stored = await service.store.request(video_id)
     assert stored is not None
     assert answer.headers["traceparent"] == stored.traceparent
@@ -104,9 +104,11 @@ async def test_the_root_has_ended_while_the_stream_goes_on(service: LocalService
 
 
 async def test_a_refused_request_is_no_error_of_its_span(service: LocalService) -> None:
-    assert (await service.http.post("/v1/videos", json={})).status_code == 422
+    answer = await service.http.post("/v1/videos", json={})
+    assert answer.status_code == 422
     (span,) = service.spans()
-    assert (span["status"]["status_code"], span["attributes"]) == ("UNSET", {"http.response.status_code": 422})
+    about = {"request_id": answer.headers["x-request-id"], "http.response.status_code": 422}
+    assert (span["status"]["status_code"], span["attributes"]) == ("UNSET", about)
 
 
 async def test_metrics_are_the_directors(service: LocalService) -> None:
