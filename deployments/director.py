@@ -604,7 +604,7 @@ class Director:
         except StoreUnavailable as lost:
             # What was committed is safe, the end is not: those who wait are told, and it is stored when that can be.
             event(logger, "end not stored", video.request, logging.ERROR, reason=str(lost))
-            failure = VideoError(code=lost.code, message=str(lost))
+            failure = VideoError(code=lost.code, message=lost.told)
             ended = video.record.model_copy(update={**changes, "status": "failed", "error": failure})
             self._tell_end(video, ended)
             await self._put_when_back(ended)
@@ -677,10 +677,11 @@ def _interrupted(record: VideoRecord) -> VideoRecord:
 
 
 def _reported(video: VideoRequestRecord, error: BaseException) -> VideoError:
-    """What the client hears of a failure: an error of ours as it is, of anything else no inner detail."""
+    """What the client hears of a failure: an error of ours as it may be told, of anything else no inner detail."""
     for leaf in leaves(error):
         if isinstance(leaf, HeliosError):
-            return VideoError(code=leaf.code, message=str(leaf))
+            event(logger, "failed", video, logging.WARNING, code=leaf.code, reason=str(leaf))
+            return VideoError(code=leaf.code, message=leaf.told)
     # A bug of ours, or a part of the cluster that died.
     event(logger, "internal error", video, logging.ERROR, exc_info=error)
     return VideoError(code="internal_error", message="the service failed while making this video")

@@ -69,9 +69,11 @@ def install_error_handlers(app: FastAPI) -> None:
         if status == 500:
             return unexpected(request, error)
         param = error.field if isinstance(error, InvalidInput) else getattr(error, "param", None)
-        told = {"status": status, "code": error.code, "param": param, "request_id": request_id(request)}
-        logger.info("refused", extra=told)
-        body = error_object(str(error), status, param, error.code)
+        about = {"status": status, "code": error.code, "param": param, "request_id": request_id(request)}
+        if error.public is not None:
+            about["reason"] = str(error)
+        logger.info("refused", extra=about)
+        body = error_object(error.told, status, param, error.code)
         headers = {409: FINAL, 503: RETRY, 507: RETRY}.get(status, getattr(error, "headers", None))
         if isinstance(error, TooMany):
             headers = {"Retry-After": str(error.retry_after)}
@@ -93,8 +95,8 @@ def install_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception) -> JSONResponse:
         if isinstance(error, CutOff):  # no bug, and this answer is not sent: another one has begun
-            told = {"path": request.url.path, "reason": str(error), "request_id": request_id(request)}
-            logger.info("cut off", extra=told)
+            about = {"path": request.url.path, "reason": str(error), "request_id": request_id(request)}
+            logger.info("cut off", extra=about)
             return JSONResponse(None)
         return unexpected(request, error)
 

@@ -130,6 +130,7 @@ class TextLost(HeliosError):
     """A change of the prompt could not be made because replicas died over its text again and again."""
 
     code = "unavailable"
+    public = "the prompt could not be encoded; try again"
 
 
 class EncoderChanged(HeliosError):
@@ -206,7 +207,7 @@ class RunningVideo:
         """Counts a retry of a chunk; after how many seconds it may begin. Raises ChunkLost if it had its share."""
         self.retries[chunk] += 1
         if self.retries[chunk] > len(RETRY_AFTER_S):
-            raise ChunkLost(f"chunk {chunk} was lost {self.retries[chunk]} times, at last because {error}") from error
+            raise ChunkLost(f"chunk {chunk} was lost {self.retries[chunk]} times") from error
         return RETRY_AFTER_S[self.retries[chunk] - 1]
 
 

@@ -86,24 +86,28 @@ class StoreUnavailable(HeliosError):
     """The store cannot be reached or refuses the operation. It may be back later."""
 
     code = "store_unavailable"
+    public = "the store is not there at the moment; try again"
 
 
 class StoreFull(StoreUnavailable):
     """The store has no room left."""
 
     code = "store_full"
+    public = "the store has no room at the moment; try again"
 
 
 class Superseded(HeliosError):
     """A newer term leads: what this one's Director does counts no more."""
 
     code = "superseded"
+    public = "the service is being replaced; try again"
 
 
 class ObjectMissing(HeliosError):
     """An object that was to be read does not exist. The message names store and key."""
 
     code = "object_missing"
+    public = "a part of the video is gone"
 
 
 class StoreInUse(HeliosError):

@@ -13,9 +13,18 @@ from __future__ import annotations
 
 
 class HeliosError(Exception):
-    """Base of all errors raised on purpose. `code` is the stable name that travels in HTTP answers."""
+    """Base of all errors raised on purpose. `code` is the stable name that travels in HTTP answers.
+
+    `public`: what a client hears in place of a message that names what is inside; None: the message can be told.
+    """
 
     code = "helios_error"
+    public: str | None = None
+
+    @property
+    def told(self) -> str:
+        """What a client hears."""
+        return str(self) if self.public is None else self.public
 
 
 class InvalidInput(HeliosError):

@@ -390,7 +390,7 @@ async def test_a_store_that_stays_away_ends_the_watch_and_hears_of_the_end_later
     assert isinstance(failed, VideoRecord) and len(chunks) == 1
     assert (failed.status, failed.error) == (
         "failed",
-        VideoError(code="store_unavailable", message=f"{rig.folder}: gone"),
+        VideoError(code="store_unavailable", message="the store is not there at the moment; try again"),
     )
     assert await rig.store.active() == [video_id]
     rig.store.gone.clear()

@@ -225,13 +225,13 @@ async def test_a_change_that_could_not_be_stored_is_none(
     video_id, gate = await held(service, "sample 0")
 
     async def away(_: Store, record: VideoRecord, term: int) -> None:
-        raise StoreUnavailable("the store is away")
+        raise StoreUnavailable("s3://inside: away")
 
     with monkeypatch.context() as patch:
         patch.setattr(Store, "put_record", away)
         answer = await change(service, video_id, FOREST)
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "store_unavailable")
-    assert "retry-after" in answer.headers
+    assert "retry-after" in answer.headers and "inside" not in answer.text
     assert (await show(service, video_id))["prompts"] == []
     made = await finish(service, video_id, gate)
     assert made.spec.prompts == () and essence(made) == await expected(service)
