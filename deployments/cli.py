@@ -1,4 +1,4 @@
-"""The command line: `helios serve | generate | demo | videos | keys | store | score | download | trace`.
+"""The command line: `helios serve | generate | demo | videos | keys | store | score | download | trace | openapi`.
 
 Heavy imports wait for their command.
 """
@@ -264,6 +264,27 @@ def trace(
     from deployments.timeline import draw, pick, read
 
     draw(Console(), pick(read(file), video))
+
+
+@app.command()
+def openapi(
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="a file, in place of the screen")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of the service, whose limits and models count")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="as a page for people: docs/api.md")] = False,
+) -> None:
+    """Print the contract of the HTTP API, OpenAPI 3.1. No service needs to run."""
+    from deployments import contract
+    from deployments.config import AppConfig
+    from helios_core.checkpoints import Checkpoint
+
+    settings = AppConfig() if config is None else AppConfig.read(config)
+    document = contract.contract(settings, [Checkpoint.open(each.model).card for each in settings.models])
+    text = contract.markdown(document) if markdown else json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    if output is None:
+        sys.stdout.write(text)
+    else:
+        check_writable("output", output)
+        output.write_text(text, encoding="utf-8")
 
 
 def parse_steps(text: str) -> tuple[int, ...]:

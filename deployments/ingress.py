@@ -29,6 +29,7 @@ from deployments.content import (
     next_news,
     objects_of,
 )
+from deployments.contract import install_contract
 from deployments.director import NoSuchVideo
 from deployments.door import Door, install_cors, without_link
 from deployments.drafts import KEY, Draft, Drafts, Once, known, no_such_model
@@ -329,6 +330,7 @@ def http_app(
         return JSONResponse({"status": "ready", "models": list(models)})
 
     install_page(app)
+    install_contract(app, config, cards)
     app.add_middleware(RequestIds)  # at last, and so around all others
     return app
 
