@@ -75,6 +75,14 @@ def _whole_number_in_text(value: object) -> object:
     return int(value) if isinstance(value, str) and re.fullmatch(r"[0-9]{1,20}", value) else value
 
 
+def _whole(value: object) -> object:
+    """4.0 is a whole number in JSON Schema, and for clients that know one kind of number only."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+
+
 class Fields(BaseModel):
     """What a client sends as fields with names. Descriptions are what an error calls allowed."""
 
@@ -108,7 +116,7 @@ class ScheduledPrompt(BaseModel):
 
     at_seconds: float
     prompt: str
-    transition_chunks: int = TRANSITION_CHUNKS
+    transition_chunks: Whole = TRANSITION_CHUNKS
 
 
 class VideoReference(BaseModel):
@@ -144,10 +152,10 @@ class CreateVideo(NewVideo):
     seconds: SecondsOrNull = Field(5.0, description=f"{SECONDS}, or null for a video that goes on until it is ended")
     lead_seconds: SecondsOrNull = Field(None, description=SECONDS)
     size: str | None = Field(None, description="WIDTHxHEIGHT in pixels, as text")
-    seed: int = Field(42, description=SEED)
-    fps: int = Field(NATIVE_FPS, description="a whole number from 8 to 60")
+    seed: Whole = Field(42, description=SEED)
+    fps: Whole = Field(NATIVE_FPS, description="a whole number from 8 to 60")
     preset: str | None = Field(None, description="the name of a preset in GET /v1/models")
-    steps: Annotated[list[int] | None, BeforeValidator(_list_in_text)] = Field(
+    steps: Annotated[list[Whole] | None, BeforeValidator(_list_in_text)] = Field(
         None, description="a list of whole numbers, one per stage"
     )
     amplify_first_chunk: bool | None = Field(None, description="true or false")
@@ -192,7 +200,7 @@ class ChangePrompt(Fields):
     """The body of POST /v1/videos/{id}/prompt."""
 
     prompt: str = Field(description=PROMPT)
-    transition_chunks: int = Field(TRANSITION_CHUNKS, description=TRANSITION)
+    transition_chunks: Whole = Field(TRANSITION_CHUNKS, description=TRANSITION)
 
 
 class ExtendVideo(NewVideo):
@@ -200,16 +208,16 @@ class ExtendVideo(NewVideo):
 
     seconds: Seconds = Field(5.0, description=SECONDS)
     prompt: str | None = Field(None, description=PROMPT)
-    transition_chunks: int = Field(TRANSITION_CHUNKS, description=TRANSITION)
+    transition_chunks: Whole = Field(TRANSITION_CHUNKS, description=TRANSITION)
 
 
 class ForkVideo(NewVideo):
     """The body of POST /v1/videos/{id}/fork. `seconds`: of the new video, in all."""
 
-    chunk: int = Field(description="a whole number: the first chunk that is the new video's own")
+    chunk: Whole = Field(description="a whole number: the first chunk that is the new video's own")
     prompt: str | None = Field(None, description=PROMPT)
-    transition_chunks: int = Field(TRANSITION_CHUNKS, description=TRANSITION)
-    seed: int | None = Field(None, description=SEED)
+    transition_chunks: Whole = Field(TRANSITION_CHUNKS, description=TRANSITION)
+    seed: Whole | None = Field(None, description=SEED)
     seconds: SecondsOrNull = Field(None, description=SECONDS)
 
 

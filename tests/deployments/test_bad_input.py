@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.deployments.conftest import LocalService
+from tests.deployments.test_content import BODY, put_video
 
 JSON = {"content-type": "application/json"}
 UNKNOWN = "video_" + "0" * 32
@@ -153,6 +154,60 @@ async def test_unknown_routes(service: LocalService, method: str, path: str, sta
     answer = await service.http.request(method, path)
     assert answer.status_code == status
     assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+# ── every number, wherever a client can send it ──────────────────────────────
+
+HUGE = "9" * 400
+# As they stand in JSON. Python's reader takes NaN and Infinity too, which are none of it.
+NO_NUMBERS = ["NaN", "Infinity", "-Infinity", "1e309", "-1e309", "true", "-1", HUGE, '"x"', '"1e5"', '""', "[]", "{}"]
+CREATE = ("/v1/videos", "/v1/videos/stream", "/v1/videos/edits")
+# field ▸ (routes, the JSON around it, whether it is a whole number, what the message names)
+NUMBERS: dict[str, tuple[tuple[str, ...], str, bool, str]] = {
+    "seconds": ((*CREATE, "/extend", "/fork"), "%s", False, "number"),
+    "lead_seconds": (CREATE, "%s", False, "number"),
+    "seed": ((*CREATE, "/fork"), "%s", True, "2^63-1"),
+    "fps": (CREATE, "%s", True, "8 to 60"),
+    "guidance_scale": (CREATE, "%s", False, "1"),
+    "steps": (CREATE, "[1, %s, 1]", True, "whole numbers"),
+    "prompts": (CREATE, '[{"at_seconds": %s, "prompt": "a moon"}]', False, "at_seconds"),
+    "transition_chunks": (("/prompt", "/extend", "/fork"), "%s", True, "chunks"),
+    "chunk": (("/fork",), "%s", True, "chunk"),
+}
+TRANSITION_OF_PROMPTS = '[{"at_seconds": 0, "prompt": "a moon", "transition_chunks": %s}]'
+REQUIRED = {"/prompt": {"prompt": "a moon"}, "/extend": {"prompt": "a moon"}, "/fork": {"prompt": "a moon", "chunk": 0}}
+
+
+@pytest.mark.parametrize("field", [*NUMBERS, "prompts: transition_chunks"])
+async def test_every_number_is_bounded(service: LocalService, field: str) -> None:
+    """Each answer is a 4xx that names the field, the value and what is allowed, and nothing is made."""
+    known = (await put_video(service))[0]
+    before = await service.store.video_ids()
+    routes, around, whole, allowed = NUMBERS.get(field, (CREATE, TRANSITION_OF_PROMPTS, True, "transition_chunks"))
+    name = field.partition(":")[0]
+    for route in routes:
+        path = route if route in CREATE else f"/v1/videos/{known}{route}"
+        others = REQUIRED.get(route, {"prompt": "a sea", "size": "64x64"})
+        if route.endswith("edits"):
+            others = {**others, "video": {"id": known}}
+        for value in [*NO_NUMBERS, *["1.5"] * whole]:
+            fields = {key: json.dumps(other) for key, other in others.items()} | {name: around % value}
+            body = "{" + ", ".join(f'"{key}": {text}' for key, text in fields.items()) + "}"
+            answer = await service.http.post(path, content=body, headers=JSON)
+            error = answer.json()["error"]
+            assert (answer.status_code, error["param"], error["code"]) == (422, name, "invalid_input"), (path, value)
+            message = error["message"]
+            assert message.startswith(f"{name} is ") and "; allowed: " in message and allowed in message, (path, value)
+            assert len(message) < 1000
+    assert await service.store.video_ids() == before
+
+
+@pytest.mark.parametrize("fields", [{"seed": 7.0}, {"fps": 24.0}, {"steps": [1.0, 1, 1]}])
+async def test_a_whole_number_may_be_written_with_a_point(service: LocalService, fields: dict[str, Any]) -> None:
+    answer = await service.http.post("/v1/videos", json={**BODY, **fields})
+    assert answer.status_code == 200, answer.text
+    (name,) = fields
+    assert answer.json()[name] == fields[name]
 
 
 def dumps(body: dict[str, Any]) -> bytes:
