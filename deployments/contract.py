@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deployments.config import AppConfig
 from deployments.records import Usage, VideoStatus
@@ -28,10 +29,12 @@ from deployments.schemas import (
     GetContent,
     ListVideos,
     RemixVideo,
+    error_object,
     model_object,
     video_object,
 )
 from helios_core.config import CHUNK_FRAMES
+from helios_core.errors import shown
 from helios_core.spec import MAX_SEED, TASKS, Limits, ModelCard, VideoRequest
 
 Schema = dict[str, Any]
@@ -169,7 +172,16 @@ ANSWERS: dict[str, Schema] = {
     "ModelList": thing(object=just("list"), data=list_of(ref("Model"))),
     "Alive": thing(status=just("alive")),
     "Ready": thing(status=just("ready"), models=list_of(TEXT)),
-    # The data of the events, each one line of JSON.
+    "Event": thing(
+        event={"enum": ["chunk", "prompt", "done", "error"]},
+        id={**TEXT, "description": "for Last-Event-ID"},
+        data={
+            **TEXT,
+            "description": "a line of JSON",
+            "contentMediaType": JSON,
+            "contentSchema": {"anyOf": [ref(f"{name}Event") for name in ("Chunk", "Prompt", "Done", "Error")]},
+        },
+    ),
     "ChunkEvent": thing(
         index=WHOLE,
         first_frame=WHOLE,
@@ -410,7 +422,10 @@ ROUTES: tuple[Route, ...] = (
         "/v1/videos/{video_id}/events",
         "What happens to a video: `chunk` (ChunkEvent), `prompt` (PromptEvent), at last `done` (DoneEvent) or `error` "
         "(ErrorEvent)",
-        {200: Answer("Server-sent events", {EVENTS: TEXT}, ("Cache-Control",)), 204: Answer("There is nothing more")},
+        {
+            200: Answer("Server-sent events", {EVENTS: ref("Event")}, ("Cache-Control",)),
+            204: Answer("There is nothing more"),
+        },
         access="link",
         refused=(422,),
         headers=("Last-Event-ID",),
@@ -467,6 +482,21 @@ ROUTES: tuple[Route, ...] = (
         headers=("If-None-Match",),
     ),
 )
+
+# The ids of models and the names of files may have slashes.
+PATTERNS = [
+    (
+        route,
+        re.compile(
+            re.sub(
+                r"\\{(\w+)\\}",
+                lambda name: ".+" if name[1] in ("model_id", "path") else "[^/]+",
+                re.escape(route.path),
+            )
+        ),
+    )
+    for route in ROUTES
+]
 
 PARAMETERS_OF_PATHS: dict[str, tuple[Schema, str]] = {
     "video_id": (ID, "the id of a video"),
@@ -533,24 +563,27 @@ def properties(kind: type[Fields], forms: Mapping[str, Schema]) -> dict[str, Sch
     return told
 
 
-def json_body(kind: type[Fields], forms: Mapping[str, Schema]) -> Schema:
-    fields = kind.model_fields.items()
+def json_body(kind: type[Fields], forms: Mapping[str, Schema], file: str | None) -> Schema:
+    """`file`: the field that may be a file instead, and so has to be there if it is none."""
+    told = properties(kind, forms)
+    if file in told:
+        told[file] = {**forms[file], "description": told[file]["description"]}
     return {
         "type": "object",
-        "required": [name for name, own in fields if own.is_required()],
-        "properties": properties(kind, forms),
+        "required": [name for name, own in kind.model_fields.items() if own.is_required() or name == file],
+        "properties": told,
         "additionalProperties": False,
     }
 
 
 def form_body(kind: type[Fields], forms: Mapping[str, Schema], file: str | None) -> Schema:
     """The same as texts: lists and objects are JSON, or lists `2,2,2`; what is null is left out; and the file."""
-    body = json_body(kind, forms)
+    body = json_body(kind, forms, file)
     for name, own in body["properties"].items():
         plain = next((option for option in own.get("anyOf", ()) if option.get("type") != "null"), own)
         if plain.get("type") in ("array", "object") or "$ref" in plain:
             plain = {**TEXT, "contentMediaType": JSON}
-        if "anyOf" in plain and name != file:
+        if "anyOf" in plain:
             plain = plain["anyOf"][0]
         body["properties"][name] = {**plain, "description": own["description"]}
     if file is not None:
@@ -657,7 +690,7 @@ def operation(route: Route, method: str, forms: Mapping[str, Schema], config: Ap
     }
     if route.body is not None:
         example = example_bodies(config.limits)[route.body]
-        content: Schema = {JSON: {"schema": json_body(route.body, forms), "example": example}}
+        content: Schema = {JSON: {"schema": json_body(route.body, forms, route.file), "example": example}}
         flat = {name: value for name, value in example.items() if not isinstance(value, dict)}
         if route.file != "video":
             content[FORM] = {"schema": form_body(route.body, forms, route.file), "example": flat}
@@ -719,9 +752,37 @@ def response_header(name: str) -> Schema:
     return {"description": RESPONSE_HEADERS[name], "schema": schema}
 
 
+class DocumentedMethods:
+    """Answers with 405 to a method that a path of the table has not, and names all that it has.
+
+    A router names those of the first of its routes that fits, and takes what is POST alone, such as /v1/videos/stream,
+    for a video's id.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        allowed = methods_of(scope["path"]) if scope["type"] == "http" else []
+        if not allowed or scope["method"] in allowed:
+            return await self._app(scope, receive, send)
+        names = ", ".join(allowed)
+        message = f"the method is {shown(scope['method'])}; allowed: {names}"
+        body = error_object(message, 405, None, "method_not_allowed")
+        await JSONResponse(body, 405, {"Allow": names})(scope, receive, send)
+
+
+def methods_of(path: str) -> list[str]:
+    """Of the routes that a path belongs to; those without parameters come before others."""
+    routes = [route for route, pattern in PATTERNS if pattern.fullmatch(path)]
+    plain = [route for route in routes if "{" not in route.path]
+    return [method for route in plain or routes for method in route.methods]
+
+
 def install_contract(app: FastAPI, config: AppConfig, cards: Sequence[ModelCard]) -> None:
-    """`GET /openapi.json`."""
+    """`GET /openapi.json`; and what is not in the table is refused."""
     document = contract(config, cards)
+    app.add_middleware(DocumentedMethods)
 
     @app.get("/openapi.json")
     async def openapi() -> JSONResponse:
