@@ -49,7 +49,6 @@ EXAMPLE_ID = "video_019a0000000000000000000000000000"
 EXAMPLE_PROMPT = "a red sun over a blue sea"
 JSON, FORM, MP4, EVENTS = "application/json", "multipart/form-data", "video/mp4", "text/event-stream"
 PLAYLIST, SEGMENT, JPEG = "application/vnd.apple.mpegurl", "video/iso.segment", "image/jpeg"
-MAKES = "It is made whether anybody watches or not."
 
 # ── shapes ───────────────────────────────────────────────────────────────────
 
@@ -205,7 +204,7 @@ ANSWERS: dict[str, Schema] = {
 REQUEST_HEADERS: dict[str, tuple[Schema, str]] = {
     "X-Request-Id": (
         TEXT,
-        "1 to 64 of A-Z, a-z, 0-9, `.`, `_`, `-`: comes back with the answer; else a fresh one does",
+        "1 to 64 of `A-Za-z0-9._-` come back with the answer, in place of others a fresh one",
     ),
     "traceparent": (TEXT, "W3C: the span of the caller, whose trace the video's becomes"),
     "Idempotency-Key": (
@@ -347,7 +346,7 @@ def files(path: str, summary: str, media_type: str) -> Route:
 
 
 ROUTES: tuple[Route, ...] = (
-    make("/v1/videos", f"Makes a video. {MAKES}", CreateVideo, "input_reference"),
+    make("/v1/videos", "Makes a video, whether anybody watches or not", CreateVideo, "input_reference"),
     Route(
         ("POST",),
         "/v1/videos/stream",
@@ -673,7 +672,7 @@ def contract(config: AppConfig, cards: Sequence[ModelCard]) -> Schema:
         "paths": paths,
         "components": {
             "schemas": schemas,
-            "headers": {name: response_header(name) for name in RESPONSE_HEADERS},
+            "headers": {name: {**response_header(name), "required": True} for name in RESPONSE_HEADERS},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
     }
@@ -743,8 +742,8 @@ def responses(route: Route, method: str) -> Schema:
 
 
 def headers_of(always: Iterable[str], may: Iterable[str]) -> Schema:
-    required = {name: {**response_header(name), "required": True} for name in always}
-    return {**required, **{name: {"$ref": f"#/components/headers/{name}"} for name in may}}
+    required = {name: {"$ref": f"#/components/headers/{name}"} for name in always}
+    return {**required, **{name: response_header(name) for name in may}}
 
 
 def response_header(name: str) -> Schema:
@@ -804,8 +803,16 @@ def markdown(document: Schema) -> str:
         "",
         info["description"],
         "",
-        "Every answer carries `X-Request-Id`. Every refusal is an [Error](#error). `key` means a bearer key, where the "
-        "service has keys; `HEAD` is a `GET` without the body.",
+        f"Every request may carry an `X-Request-Id`: {REQUEST_HEADERS['X-Request-Id'][1]}. *key*: with "
+        "`Authorization: Bearer …`, where the service has keys. `HEAD` is a `GET` without the body.",
+        "",
+        "## Refusals",
+        "",
+        "Each is an [Error](#error) that names the field, the value and what is allowed.",
+        "",
+        "| status | meaning and codes | headers |",
+        "|---|---|---|",
+        *(f"| {status} | {cell(text)} | {names(always)} |" for status, (text, always) in REFUSALS.items()),
     ]
     for path, methods in document["paths"].items():
         for method, told in methods.items():
@@ -821,24 +828,29 @@ def operation_in_words(path: str, method: str, told: Schema, also_head: bool) ->
     access = ", key" if told["security"] else ""
     yield from ("", f"## {method.upper()} {path}", "")
     yield f"{told['summary']}. (`{told['operationId']}`{access}{', `HEAD` too' if also_head else ''})"
-    if told["parameters"]:
+    if parameters := [own for own in told["parameters"] if own["name"] != "X-Request-Id"]:
         yield from ("", "| parameter | in | form | meaning |", "|---|---|---|---|")
-        for own in told["parameters"]:
+        for own in parameters:
             form = in_words(own["schema"])
-            yield f"| `{own['name']}` | {own['in']} | {form} | {cell(own['description'])} |"
+            default = f"; default {own['schema']['default']}" if "default" in own["schema"] else ""
+            yield f"| `{own['name']}` | {own['in']} | {form} | {cell(own['description'])}{default} |"
     if "requestBody" in told:
         content = told["requestBody"]["content"]
-        yield from ("", "Body, as JSON or as a form with a file:" if "binary" in str(content) else "Body:", "")
+        files = [name for name, own in content[FORM]["schema"]["properties"].items() if own.get("format") == "binary"]
+        with_file = "".join(f", in which `{name}` is an image or a video as a file" for name in files)
+        yield from ("", f"Body, as JSON or as a form{with_file}:", "")
         yield from fields_in_words(content[JSON]["schema"])
         yield from ("", "```json", compact(content[JSON]["example"]), "```")
     yield from ("", "| status | meaning | body | headers |", "|---|---|---|---|")
-    for status, answer in sorted(told["responses"].items()):
-        kinds = [
-            in_words(content["schema"]) if kind == JSON else f"`{kind}`"
-            for kind, content in answer.get("content", {}).items()
-        ]
-        headers = ", ".join(f"`{name}`" for name in answer["headers"] if name != "X-Request-Id")
-        yield f"| {status} | {cell(answer['description'])} | {', '.join(kinds)} | {headers} |"
+    for status, answer in told["responses"].items():
+        if int(status) < 400:
+            bodies = [
+                in_words(content["schema"]) if kind == JSON else f"`{kind}`"
+                for kind, content in answer.get("content", {}).items()
+            ]
+            description = cell(answer["description"])
+            yield f"| {status} | {description} | {', '.join(bodies)} | {names(answer['headers'])} |"
+    yield from ("", f"Refused with {', '.join(status for status in told['responses'] if int(status) >= 400)}.")
 
 
 def fields_in_words(schema: Schema) -> Iterator[str]:
@@ -866,34 +878,44 @@ def in_words(schema: Schema) -> str:
             return f"`{compact(value)}`"
         case {"enum": values}:
             return ", ".join(f"`{value}`" for value in values)
+        case {"type": "array", "items": items, "minItems": least, "maxItems": most} if least == most:
+            return f"list of {most}: {in_words(items)}"
+        case {"type": "array", "items": items, "maxItems": most}:
+            return f"list of at most {most}: {in_words(items)}"
         case {"type": "array", "items": items}:
-            return f"list of {in_words(items)}{range_in_words(schema, 'minItems', 'maxItems')}"
+            return f"list: {in_words(items)}"
         case {"type": "object", "properties": inner}:
             return "{" + ", ".join(f"`{name}`" for name in inner) + "}"
         case {"type": "object"}:
             return "object"
-        case {"type": "string", "pattern": pattern} if len(pattern) < 40:
+        case {"type": "string", "maxLength": most}:
+            return f"text of at most {most} bytes"
+        case {"type": "string", "pattern": pattern}:
             return f"text `{cell(pattern)}`"
         case {"type": "string"}:
-            return f"text{range_in_words(schema, 'minLength', 'maxLength')}"
+            return "text"
         case {"type": "integer"}:
-            return f"whole number{range_in_words(schema, 'minimum', 'maximum')}"
+            return f"whole number{range_in_words(schema)}"
         case {"type": "number"}:
-            return f"number{range_in_words(schema, 'minimum', 'maximum')}"
+            return f"number{range_in_words(schema)}"
         case {"type": kind}:
             return str(kind)
     return "any"
 
 
-def range_in_words(schema: Schema, least: str, most: str) -> str:
-    low, high = schema.get(least), schema.get(most)
-    if "exclusiveMinimum" in schema:
-        return f" above {schema['exclusiveMinimum']}, to {high:g}"
-    if "exclusiveMaximum" in schema:
-        return f" from {low}, below {schema['exclusiveMaximum']:g}"
-    if high is None:
-        return ""
-    return f" to {high}" if low is None else f" {low} to {high}"
+def range_in_words(schema: Schema) -> str:
+    match schema:
+        case {"exclusiveMinimum": least, "maximum": most}:
+            return f" above {least}, to {most:g}"
+        case {"minimum": least, "exclusiveMaximum": most}:
+            return f" from {least}, below {most:g}"
+        case {"minimum": least, "maximum": most}:
+            return f" {least} to {most if isinstance(most, int) else format(most, 'g')}"
+    return ""
+
+
+def names(headers: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in headers if name != "X-Request-Id")
 
 
 def cell(text: str) -> str:
