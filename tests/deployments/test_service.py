@@ -180,6 +180,17 @@ def test_log_lines_name_video_and_trace_and_hide_the_prompt(http: httpx.Client) 
     assert not [line for line in lines if secret in line]
 
 
+@pytest.mark.parametrize("sent", ["mine-7", "not one of ours"])
+def test_a_request_has_one_id_in_answer_and_log(http: httpx.Client, sent: str) -> None:
+    """Although Serve's proxy has a header of this name of its own."""
+    answer = http.post("/v1/videos", json={"prompt": ""}, headers={"X-Request-Id": sent})
+    (told,) = answer.headers.get_list("X-Request-Id")
+    assert (told == sent) == (sent == "mine-7")
+    lines = [line for path in Path(log_folder()).glob("*.log") for line in path.read_text().splitlines()]
+    (refused,) = [json.loads(line) for line in lines if told in line and "refused" in line]
+    assert (refused["message"], refused["request_id"]) == ("refused", told)
+
+
 def test_models_and_health(http: httpx.Client) -> None:
     (model,) = http.get("/v1/models").json()["data"]
     assert (model["id"], model["variant"], model["size_multiple"]) == ("random", "distilled", 64)
