@@ -470,7 +470,14 @@ ROUTES: tuple[Route, ...] = (
         {200: Answer("OpenAPI 3.1", {JSON: {"type": "object"}})},
         access="open",
     ),
-    Route(("GET", "HEAD"), "/", "The page", {200: Answer("HTML", {"text/html": TEXT}, ("ETag",))}, access="open"),
+    Route(
+        ("GET", "HEAD"),
+        "/",
+        "The page",
+        {200: Answer("HTML", {"text/html": TEXT}, ("ETag",)), 304: NOT_MODIFIED},
+        access="open",
+        headers=("If-None-Match",),
+    ),
     Route(
         ("GET", "HEAD"),
         "/player/{path}",

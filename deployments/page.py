@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fastapi import FastAPI
-from fastapi.responses import FileResponse, Response
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
 from fastapi.staticfiles import StaticFiles
+from starlette.datastructures import MutableHeaders
 from starlette.types import Scope
 
 PLAYER = Path(__file__).parent / "player"
@@ -41,6 +42,7 @@ class PlayerFiles(StaticFiles):
     """The page's parts."""
 
     async def get_response(self, path: str, scope: Scope) -> Response:
+        del MutableHeaders(scope=scope)["Range"]  # files are sent whole: a Range that is none refuses nobody
         response = await super().get_response(path, scope)
         response.headers.update(HEADERS)
         return response
@@ -49,8 +51,10 @@ class PlayerFiles(StaticFiles):
 def install_page(app: FastAPI) -> None:
     """`GET /` is the page, `/player/…` its parts."""
 
-    @app.api_route("/", methods=["GET", "HEAD"])
-    async def page() -> Response:
-        return FileResponse(PLAYER / "index.html", headers=HEADERS)
+    files = PlayerFiles(directory=PLAYER)
 
-    app.mount("/player", PlayerFiles(directory=PLAYER))
+    @app.api_route("/", methods=["GET", "HEAD"])
+    async def page(request: Request) -> Response:
+        return await files.get_response("index.html", request.scope)
+
+    app.mount("/player", files)
