@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,10 +39,7 @@ class _Counted:
 
 
 @contextmanager
-def listening(
-    folder: Path, *models: str, prepare: Callable[[LocalService], None] = lambda _: None, **settings: Any
-) -> Iterator[Listening]:
-    """`prepare`: called before the first request."""
+def listening(folder: Path, *models: str, **settings: Any) -> Iterator[Listening]:
     port, requests = free_port(), Counter[tuple[str, str]]()
     ready = threading.Event()
     told: list[Listening | BaseException] = []
@@ -51,7 +48,6 @@ def listening(
     async def run() -> None:
         try:
             async with serving(folder, *models, **settings) as service:
-                prepare(service)
                 app = _Counted(service.app, requests)
                 options = uvicorn.Config(app, port=port, log_config=None, lifespan="off", timeout_graceful_shutdown=1)
                 server.append(uvicorn.Server(options))
