@@ -96,12 +96,20 @@ ANSWERS: dict[str, Schema] = {
         object=just("video"),
         model=TEXT,
         status={"enum": ["queued", "in_progress", "completed", "failed", "cancelled"]},
+        priority={"enum": ["realtime", "batch"]},
+        deadline_s=null_or({**NUMBER, "description": "after created_at it ends as failed"}),
         queue_position=null_or({**WHOLE, "description": "how many videos get a sampler before it"}),
+        estimated_start_at=null_or({**WHOLE, "description": "Unix time, seconds; null if it began, or nobody knows"}),
+        estimated_completion_at=null_or({**WHOLE, "description": "Unix time, seconds; null if nobody knows"}),
         paused=TRUTH,
         progress={**WHOLE, "maximum": 100, "description": "percent; 0 of a video without an end"},
         created_at={**WHOLE, "description": "Unix time, seconds"},
         completed_at=null_or({**WHOLE, "description": "Unix time, seconds"}),
         expires_at={"type": "null"},
+        share_url={
+            **TEXT,
+            "description": "of its content, good for a while without a key; its query is for others too",
+        },
         size=TEXT,
         seconds=null_or({**TEXT, "description": "as text, as OpenAI has it; null while it has no end"}),
         prompt=TEXT,
@@ -159,6 +167,7 @@ ANSWERS: dict[str, Schema] = {
             pixels=WHOLE,
             seconds=NUMBER,
             open_seconds=NUMBER,
+            deadline_seconds=NUMBER,
             prompt_bytes=WHOLE,
             prompts=WHOLE,
             transition_chunks=WHOLE,
@@ -254,9 +263,10 @@ class Answer:
 REFUSALS: dict[int, tuple[str, tuple[str, ...]]] = {
     400: ("The body is broken: `invalid_json`, `invalid_form`; or the file is none: `invalid_input`", ()),
     401: ("No key, or none that is known: `unauthorized`", ("WWW-Authenticate",)),
-    403: ("The key is of another kind: `forbidden`", ()),
+    403: ("The key is of another kind: `forbidden`; or the link is not good: `link_invalid`, `link_expired`", ()),
     404: ("There is none: `not_found`, `model_not_found`", ()),
     405: ("Not a method of this path: `method_not_allowed`", ("Allow",)),
+    408: ("The body came too slowly: `body_too_slow`", ()),
     409: (
         "Not now: `not_possible`, `video_failed`, `video_cancelled`, `video_deleted`, `unreadable`, "
         "`idempotency_key_reused`",
@@ -266,7 +276,7 @@ REFUSALS: dict[int, tuple[str, tuple[str, ...]]] = {
     415: ("Neither JSON nor a form: `unsupported_media_type`", ()),
     416: ("The file has none of these bytes: `range_not_satisfiable`", ("Content-Range",)),
     422: ("A field is unknown, missing or out of bounds: `invalid_input`", ()),
-    429: ("More than this key may have: `too_many_requests`", ("Retry-After",)),
+    429: ("More than there is room for, or than this key may have: `too_many_requests`", ("Retry-After",)),
     500: ("A bug: `internal_error`", ()),
     503: ("Not at this moment: `unavailable`, `store_unavailable`, `superseded`", ("Retry-After",)),
     507: ("The store is full: `store_full`", ("Retry-After",)),
@@ -282,6 +292,7 @@ NOT_MODIFIED = Answer("The file is still that one", {}, ("ETag",))
 # ── routes ───────────────────────────────────────────────────────────────────
 
 Access = Literal["open", "key", "link", "metrics"]
+ACCESS: dict[Access, tuple[str, ...]] = {"open": (), "key": ("key",), "link": ("key", "link"), "metrics": ("key",)}
 
 
 @dataclass(frozen=True)
@@ -306,8 +317,8 @@ class Route:
     def statuses(self) -> list[int]:
         """Of its refusals."""
         always = {405, 500, 503} if self.path.startswith("/v1/videos") else {405, 500}
-        keys = set() if self.access == "open" else {401, 403}
-        body = {400, 413, 415, 422} if self.body else set()
+        keys = set() if self.access == "open" else {401, 403, 429}
+        body = {400, 408, 413, 415, 422} if self.body else set()
         made = {404, 409, 422, 429, 507} if self.makes else set()
         video = {404, 409} if "{video_id}" in self.path else set()
         return sorted({*always, *keys, *body, *made, *video, *self.refused})
@@ -536,6 +547,8 @@ def bounds(limits: Limits, cards: Sequence[ModelCard]) -> dict[str, Schema]:
                 {"type": "string", "pattern": "^[0-9]{1,20}(\\.[0-9]{1,20})?$"},
             ]
         },
+        "priority": {"enum": ["realtime", "batch"]},
+        "deadline_s": {"type": "number", "exclusiveMinimum": 0, "maximum": limits.max_deadline_seconds},
         "lead_seconds": {"type": "number", "minimum": 0, "maximum": limits.max_seconds},
         "size": {"type": "string", "pattern": "^[1-9][0-9]{0,5}x[1-9][0-9]{0,5}$"},
         "seed": {"type": "integer", "minimum": 0, "maximum": MAX_SEED},
@@ -613,10 +626,15 @@ def example_video(card: ModelCard, limits: Limits) -> Schema:
         error=None,
         usage=usage,
         runs=(),
+        owner="",
+        priority="realtime",
+        deadline_s=None,
         queue_position=None,
+        estimated_start_at=None,
+        estimated_completion_at=None,
         paused=False,
     )
-    return video_object(status, card)
+    return video_object(status, card, f"http://127.0.0.1:8000/v1/videos/{EXAMPLE_ID}/content")
 
 
 def example_bodies(limits: Limits) -> dict[type[Fields], Schema]:
@@ -680,19 +698,27 @@ def contract(config: AppConfig, cards: Sequence[ModelCard]) -> Schema:
         "components": {
             "schemas": schemas,
             "headers": {name: {**response_header(name), "required": True} for name in RESPONSE_HEADERS},
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+            "securitySchemes": {
+                "key": {"type": "http", "scheme": "bearer", "description": "what `helios keys add` printed"},
+                "link": {
+                    "type": "apiKey",
+                    "in": "query",
+                    "name": "signature",
+                    "description": "with `key` and `expires`, from the query of a video's `share_url`",
+                },
+            },
         },
     }
 
 
 def operation(route: Route, method: str, forms: Mapping[str, Schema], config: AppConfig) -> Schema:
+    is_open = route.access == "open"
     told: Schema = {
         "operationId": operation_id(route, method),
         "summary": route.summary,
         "parameters": list(parameters(route, forms)),
         "responses": responses(route, method),
-        # Where the service has no keys, nobody needs one.
-        "security": [] if route.access == "open" else [{"key": []}, {}],
+        "security": [{name: []} for name in ACCESS[route.access]] + [{}] * (config.keys is None and not is_open),
     }
     if route.body is not None:
         example = example_bodies(config.limits)[route.body]
@@ -811,7 +837,8 @@ def markdown(document: Schema) -> str:
         info["description"],
         "",
         f"Every request may carry an `X-Request-Id`: {REQUEST_HEADERS['X-Request-Id'][1]}. *key*: with "
-        "`Authorization: Bearer …`, where the service has keys. `HEAD` is a `GET` without the body.",
+        "`Authorization: Bearer …`, where the service has keys, and of `/metrics` one for metrics; *link*: with the "
+        "query of a video's `share_url`. `HEAD` is a `GET` without the body.",
         "",
         "## Refusals",
         "",
@@ -832,7 +859,8 @@ def markdown(document: Schema) -> str:
 
 
 def operation_in_words(path: str, method: str, told: Schema, also_head: bool) -> Iterator[str]:
-    access = ", key" if told["security"] else ""
+    needed = [" or ".join(name) for name in told["security"] if name]
+    access = f", {' or '.join(needed)}" if needed else ""
     yield from ("", f"## {method.upper()} {path}", "")
     yield f"{told['summary']}. (`{told['operationId']}`{access}{', `HEAD` too' if also_head else ''})"
     if parameters := [own for own in told["parameters"] if own["name"] != "X-Request-Id"]:

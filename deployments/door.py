@@ -25,7 +25,7 @@ from deployments.keys import Key, Keys
 from deployments.records import VideoStatus
 from deployments.store import Store, is_video_id
 
-OPEN = {"/", "/healthz", "/readyz"}  # besides what is mounted: the page's parts
+OPEN = {"/", "/healthz", "/readyz", "/openapi.json"}  # besides what is mounted: the page's parts
 SHARED = ("/content", "/events", "/hls/index.m3u8", "/hls/init.mp4", "/hls/{index}.m4s")  # below a video
 LINK = ("key", "expires", "signature")  # the query of a link
 HOUR_S = 3600

@@ -91,7 +91,6 @@ def http_app(
     """The HTTP service over a Director and its store. `cards`: of the models, the default one first."""
     door = Door(config, director.get, store)
     app = FastAPI(title="Helios Serve", openapi_url=None, dependencies=[Depends(door)])
-    install_cors(app, config.cors_origins)
     install_error_handlers(app)
     models = {card.id: card for card in cards}
     drafts = Drafts(config, models, director.get, store)
@@ -331,6 +330,7 @@ def http_app(
 
     install_page(app)
     install_contract(app, config, cards)
+    install_cors(app, config.cors_origins)
     app.add_middleware(RequestIds)  # at last, and so around all others
     return app
 

@@ -259,14 +259,14 @@ def video_object(status: VideoStatus, card: ModelCard | None, share_url: str) ->
         "model": spec.model,
         "status": status.status,
         "queue_position": status.queue_position,
-        "estimated_start_at": _whole(status.estimated_start_at),
-        "estimated_completion_at": _whole(status.estimated_completion_at),
+        "estimated_start_at": _second(status.estimated_start_at),
+        "estimated_completion_at": _second(status.estimated_completion_at),
         "paused": status.paused,
         "priority": status.priority,
         "deadline_s": status.deadline_s,
         "progress": 0 if spec.open_ended else 100 * usage.chunks // spec.chunks,
         "created_at": int(status.created_at),
-        "completed_at": _whole(status.completed_at),
+        "completed_at": _second(status.completed_at),
         "expires_at": None,
         "share_url": share_url,
         "size": f"{spec.width}x{spec.height}",
@@ -296,7 +296,7 @@ def video_object(status: VideoStatus, card: ModelCard | None, share_url: str) ->
     }
 
 
-def _whole(at: float | None) -> int | None:
+def _second(at: float | None) -> int | None:
     return None if at is None else int(at)
 
 

@@ -19,6 +19,7 @@ from starlette.routing import Mount
 
 from deployments.config import AppConfig
 from deployments.contract import ANSWERS, ROUTES, contract, markdown
+from deployments.keys import new_key
 from helios_core.checkpoints import Checkpoint
 from tests.deployments.conftest import LocalService
 from tests.deployments.listening import listening
@@ -124,9 +125,12 @@ expected-statuses = ["2xx", "3xx", 401, 403, 404, 409, 416, 429]
 def test_thousands_of_requests_get_documented_answers(tmp_path: Path) -> None:
     """Schemathesis, all of its checks, right requests and wrong ones: no 5xx, and nothing that the contract does not
     say. (What it does with its fields is in deployments/contract.py; `narrowed` says what no schema can.)"""
+    token, key = new_key("judge", "videos", None)
+    (tmp_path / "keys.json").write_text(json.dumps({"keys": [key.model_dump()]}))
+    bearer = f"Bearer {token}"
     with (
-        listening(tmp_path, unwatched_s=3600.0, **TINY) as served,
-        httpx.Client(base_url=served.url, timeout=60) as http,
+        listening(tmp_path, unwatched_s=3600.0, keys=str(tmp_path / "keys.json"), **TINY) as served,
+        httpx.Client(base_url=served.url, timeout=60, headers={"Authorization": bearer}) as http,
     ):
         told = narrowed(http.get("/openapi.json").json(), videos(http))
         (tmp_path / "openapi.json").write_text(json.dumps(told))
@@ -134,8 +138,9 @@ def test_thousands_of_requests_get_documented_answers(tmp_path: Path) -> None:
         served.requests.clear()
         judge = "schemathesis.cli run openapi.json --checks all --phases examples,coverage,fuzzing --max-examples 9"
         options = "--generation-deterministic --request-timeout 60 --warnings off --no-color --continue-on-failure"
+        auth = ["--header", f"Authorization: {bearer}"]
         run = subprocess.run(
-            [sys.executable, "-m", *judge.split(), *options.split(), "--url", served.url],
+            [sys.executable, "-m", *judge.split(), *options.split(), "--url", served.url, *auth],
             cwd=tmp_path,
             capture_output=True,
             text=True,
