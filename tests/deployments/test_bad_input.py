@@ -166,6 +166,7 @@ CREATE = ("/v1/videos", "/v1/videos/stream", "/v1/videos/edits")
 NUMBERS: dict[str, tuple[tuple[str, ...], str, bool, str]] = {
     "seconds": ((*CREATE, "/extend", "/fork"), "%s", False, "number"),
     "lead_seconds": (CREATE, "%s", False, "number"),
+    "deadline_s": ((*CREATE, "/extend", "/fork", "/remix"), "%s", False, "number"),
     "seed": ((*CREATE, "/fork"), "%s", True, "2^63-1"),
     "fps": (CREATE, "%s", True, "8 to 60"),
     "guidance_scale": (CREATE, "%s", False, "1"),
@@ -175,7 +176,10 @@ NUMBERS: dict[str, tuple[tuple[str, ...], str, bool, str]] = {
     "chunk": (("/fork",), "%s", True, "chunk"),
 }
 TRANSITION_OF_PROMPTS = '[{"at_seconds": 0, "prompt": "a moon", "transition_chunks": %s}]'
-REQUIRED = {"/prompt": {"prompt": "a moon"}, "/extend": {"prompt": "a moon"}, "/fork": {"prompt": "a moon", "chunk": 0}}
+REQUIRED = {
+    **{route: {"prompt": "a moon"} for route in ("/prompt", "/extend", "/remix")},
+    "/fork": {"prompt": "a moon", "chunk": 0},
+}
 
 
 @pytest.mark.parametrize("field", [*NUMBERS, "prompts: transition_chunks"])
