@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -91,11 +93,27 @@ def frames_of(data: bytes) -> list[tuple[int, int]]:
 # The way of a video
 
 
-def test_another_key_is_refused(url: str) -> None:
-    with OpenAI(base_url=f"{url}/v1", api_key="helios_another", max_retries=0) as stranger:
+def test_a_key_is_good_from_when_it_is_added_until_it_is_revoked(
+    client: OpenAI, url: str, key: tuple[str, Path]
+) -> None:
+    """By the command line, while the service runs. Its owner sees nothing of the others' videos."""
+
+    def keys(*arguments: str) -> str:
+        helios = [sys.executable, "-m", "deployments.cli", "keys", *arguments, "--file", str(key[1])]
+        return subprocess.run(helios, check=True, capture_output=True, text=True).stdout.strip()
+
+    video = create(client)
+    token = keys("add", "--owner", "other")
+    (key_id,) = [line.split()[0] for line in keys("list").splitlines() if " other " in line]
+    with OpenAI(base_url=f"{url}/v1", api_key=token, max_retries=0) as other:
+        assert other.videos.list().data == []
+        with pytest.raises(openai.NotFoundError):
+            other.videos.retrieve(video.id)
+        keys("revoke", key_id)
         with pytest.raises(openai.AuthenticationError) as error:
-            stranger.videos.list()
+            other.videos.list()
     assert error.value.code == "unauthorized"
+    assert client.videos.retrieve(video.id).id == video.id
 
 
 def test_create_poll_retrieve_and_download(client: OpenAI, url: str, tmp_path: Path) -> None:
