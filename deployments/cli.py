@@ -273,13 +273,14 @@ def openapi(
     markdown: Annotated[bool, typer.Option("--markdown", help="as a page for people: docs/api.md")] = False,
 ) -> None:
     """Print the contract of the HTTP API, OpenAPI 3.1. No service needs to run."""
-    from deployments import contract
     from deployments.config import AppConfig
+    from deployments.contract import contract
+    from deployments.reference import markdown as in_words
     from helios_core.checkpoints import Checkpoint
 
     settings = AppConfig() if config is None else AppConfig.read(config)
-    document = contract.contract(settings, [Checkpoint.open(each.model).card for each in settings.models])
-    text = contract.markdown(document) if markdown else json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    document = contract(settings, [Checkpoint.open(each.model).card for each in settings.models])
+    text = in_words(document) if markdown else json.dumps(document, indent=2, ensure_ascii=False) + "\n"
     if output is None:
         sys.stdout.write(text)
     else:

@@ -18,8 +18,9 @@ from fastapi.routing import APIRoute
 from starlette.routing import Mount
 
 from deployments.config import AppConfig
-from deployments.contract import ANSWERS, ROUTES, contract, markdown
+from deployments.contract import ANSWERS, ROUTES, contract
 from deployments.keys import new_key
+from deployments.reference import markdown
 from helios_core.checkpoints import Checkpoint
 from tests.deployments.conftest import LocalService
 from tests.deployments.listening import listening
