@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterable, Mapping
 from deployments.config import Admission as Settings
 from deployments.config import Quota
 from deployments.records import VideoRequestRecord
+from deployments.retention import DAY_S
 from deployments.scheduling import forecast
 from deployments.store import Store, created_at
 from deployments.turns import Turns
 from helios_core.config import NATIVE_FPS
 from helios_core.errors import HeliosError, InvalidInput
 
-DAY_S = 86400.0
+NOBODY_KNOWS = (math.inf, math.inf)
 UNKNOWN_S = 5.0  # in place of what nobody knows, as of videos before any chunk was made
 NEWEST = 0.2  # how much the newest chunk counts in what one takes
 FORECAST_S = 0.25  # so old a forecast may be, as many may ask
@@ -48,7 +49,7 @@ class Room:
     def __init__(self, samplers: Callable[[], int], videos_per_sampler: int) -> None:
         """`samplers`: how many there are, at least 1."""
         self._samplers, self._videos_per_sampler = samplers, videos_per_sampler
-        self.door = Turns(self.places)  # a turn lasts as long as the video is inside
+        self.entrance = Turns(self.places)  # a turn lasts as long as the video is inside
         self._chunk_s: float | None = None  # what a chunk takes of a video that has a sampler for itself
         self._told: dict[str, tuple[float, float]] = {}
         self._told_at = -math.inf
@@ -59,24 +60,27 @@ class Room:
 
     def took(self, seconds: float) -> None:
         """A video that was inside has made a chunk, so long after it wanted to."""
-        alone = seconds / max(1.0, self.door.sampling / self._samplers())
+        alone = seconds / max(1.0, self.entrance.sampling / self._samplers())
         self._chunk_s = alone if self._chunk_s is None else self._chunk_s + NEWEST * (alone - self._chunk_s)
 
-    def forecast(self, video_id: str, left: Callable[[], Mapping[str, float]]) -> tuple[float, float]:
+    def forecast(self, video_id: str, left: Callable[[], Mapping[str, float | None]]) -> tuple[float, float]:
         """In how many seconds a video may expect its first turn, and its end, as of FORECAST_S ago or later; infinite
-        if nobody knows. `left`: the chunks that are left to make of each video that wants to be made."""
+        if nobody knows. `left`: the chunks that are left to make of each video that has not ended, None of one that is
+        paused."""
         now = asyncio.get_running_loop().time()
         if video_id not in self._told or now >= self._told_at + FORECAST_S:
             self._told, self._told_at = self._forecast(left()), now
-        return self._told.get(video_id, (math.inf, math.inf))
+        return self._told.get(video_id, NOBODY_KNOWS)
 
-    def _forecast(self, left: Mapping[str, float]) -> dict[str, tuple[float, float]]:
+    def _forecast(self, left: Mapping[str, float | None]) -> dict[str, tuple[float, float]]:
+        told = dict.fromkeys(left, NOBODY_KNOWS)
         if self._chunk_s is None:
-            return {}
-        waiting = [video_id for video_id in self.door.queue() if video_id in left]
-        inside = {video_id: left[video_id] for video_id in left.keys() - set(waiting)}
-        told = forecast(inside, {video_id: left[video_id] for video_id in waiting}, self._samplers(), self.places())
-        return {video_id: (start * self._chunk_s, end * self._chunk_s) for video_id, (start, end) in told.items()}
+            return told
+        wanted = {video_id: chunks for video_id, chunks in left.items() if chunks is not None}
+        queue = {video_id: wanted.pop(video_id) for video_id in self.entrance.queue() if video_id in wanted}
+        for video_id, (start, end) in forecast(wanted, queue, self._samplers(), self.places()).items():
+            told[video_id] = start * self._chunk_s, end * self._chunk_s
+        return told
 
 
 class Admission:
@@ -142,16 +146,19 @@ class Admission:
             await self._store.put_owned(request.owner, request.id, made)
 
     async def deleted(self, request: VideoRequestRecord) -> None:
-        """A video was deleted. What it took of its owner's day counts until that is over; whose it was is forgotten
-        then, at the latest when they list their videos. Raises StoreUnavailable."""
-        if request.owner and created_at(request.id) < time.time() - DAY_S:
-            await self._store.forget_owned(request.owner, request.id)
+        """A video was deleted. What it took of its owner's day counts until that is over. Raises StoreUnavailable."""
+        if not request.owner:
+            return
+        if created_at(request.id) >= time.time() - DAY_S:
+            await self._store.keep_spent(request.owner, request.id)
+        await self._store.forget_owned(request.owner, request.id)
 
     async def _load(self, owner: str, quota: Quota) -> None:
         """Sees to it that the owner's last day is known, if that matters."""
         if quota.seconds_per_day is not None and owner not in self._spent:
             found = await self._store.spent(owner, time.time() - DAY_S)
-            self._spent[owner] = {**found, **self._spent.get(owner, {})}
+            own = {video.id: _seconds(video) for video in self._videos.values() if video.owner == owner}
+            self._spent[owner] = {**found, **own, **self._spent.get(owner, {})}
 
     def _check_owner(self, owner: str, quota: Quota, seconds: float) -> None:
         most = quota.concurrent_videos

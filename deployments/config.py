@@ -85,8 +85,9 @@ class UploadLimits(Settings):
 class Quota(Settings):
     """What one key may ask for; None: as much as there is room for.
 
-    `concurrent_videos`: that have not ended; `requests_per_minute`: of any kind, counted by each ingress for itself;
-    `seconds_per_day`: of video at 24 frames per second, in any 24 hours.
+    `concurrent_videos`: of its owner that have not ended; `requests_per_minute`: that bear it, for whatever, and not
+    those by a link, counted by each ingress for itself; `seconds_per_day`: of its owner's video at 24 frames per
+    second, in any 24 hours.
     """
 
     concurrent_videos: int | None = Field(None, ge=1)
@@ -99,7 +100,7 @@ NO_QUOTA = Quota()
 
 class Admission(Settings):
     """How many videos of a model are taken in. `videos_per_sampler`: so many take turns on each; `queued`: so many wait
-    until one of them ends; more are refused, 429. `quota`: of each key that has none of its own."""
+    until one of them ends; more are refused, 429. `quota`: of each key, where it has no limit of its own."""
 
     videos_per_sampler: int = Field(32, ge=1)
     queued: int = Field(256, ge=0)
@@ -118,6 +119,9 @@ class AppConfig(Settings):
     keys: str | None = None  # the file of `helios keys`, on each node that has an ingress; None: whoever asks is served
     insecure: bool = False  # allows that to whoever can reach this machine
     share_hours: float = Field(24.0, gt=0, le=8760)  # so long the links in `share_url` are good, and up to one more
+    public_url: str | None = Field(
+        None, pattern=r"^https?://[^\s?#]+$"
+    )  # of share_url; None: as requests are addressed
     cors_origins: tuple[str, ...] = ()  # whose pages may ask, as https://example.com, or * for all; never with cookies
     admission: Admission = Admission()
     # HAProxy in front: then a viewer who reads slowly is also sent to slowly. A running cluster (RAY_ADDRESS) needs

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
 
-from deployments.admission import DAY_S, Admission, Room, TooMany
+from deployments.admission import Admission, Room, TooMany
 from deployments.config import NO_QUOTA, Quota
 from deployments.config import Admission as AdmissionSettings
 from deployments.logs import event, shown
@@ -36,7 +36,7 @@ from deployments.records import (
     VideoStatus,
 )
 from deployments.retention import Keep, Retention
-from deployments.store import ObjectMissing, Store, StoreUnavailable, Superseded, created_at
+from deployments.store import ObjectMissing, Store, StoreUnavailable, Superseded
 from deployments.tracing import Tracer
 from deployments.turns import Turns
 from helios_core.errors import HeliosError
@@ -115,7 +115,7 @@ class Director:
         )
         self._metrics.observe(
             running=lambda: sum(not video.record.ended for video in self._running.values()),
-            queued=lambda: sum(room.door.waiting for room in self._rooms.values()),
+            queued=lambda: sum(room.entrance.waiting for room in self._rooms.values()),
             waiting=lambda: sum(turns.waiting for turns in self._turns.values()),
             sampling=lambda: sum(turns.sampling for turns in self._turns.values()),
             samplers=lambda: sum(map(graph.samplers, graph.models)),
@@ -204,6 +204,8 @@ class Director:
         self.check_health()
         if again and request.input is not None:
             await self._check_input(request.id, request.input)
+        if self._resuming:  # what an earlier Director left behind counts, too
+            await asyncio.wait(self._resuming.values(), timeout=NEWS_S)
         return await self._accept(
             request.model_copy(update={"fingerprint": self._graph.fingerprint(request.spec.model)}), quota
         )
@@ -374,19 +376,14 @@ class Director:
         found: list[VideoStatus] = []
         rest = iter(ids)
         while len(found) <= limit and (some := list(itertools.islice(rest, limit + 1 - len(found)))):
-            listed = await asyncio.gather(*(self._listed(video_id, owner) for video_id in some))
-            found += [status for status in listed if status is not None]
+            found += [status for status in await asyncio.gather(*map(self._listed, some)) if status is not None]
         return Page(videos=tuple(found[:limit]), has_more=len(found) > limit)
 
-    async def _listed(self, video_id: str, owner: str | None) -> VideoStatus | None:
+    async def _listed(self, video_id: str) -> VideoStatus | None:
         try:
             return await self.get(video_id)
-        except NoSuchVideo:  # it was deleted, or is being accepted; what it took of its owner's day counts for a day
-            if owner is not None and created_at(video_id) < time.time() - DAY_S:
-                await self._store.forget_owned(owner, video_id)
-        except Unreadable:
-            pass  # whoever knows its id can delete it
-        return None
+        except (NoSuchVideo, Unreadable):
+            return None
 
     async def news(self, video_id: str, seen: int) -> News:
         """The chunks from index `seen` on, as soon as there is one; after NEWS_S without any, none. At once if the
@@ -447,8 +444,9 @@ class Director:
                 await asyncio.wait([video.leading])
             await self._store.delete(video_id)
         if request is not None:
-            await self._admission.deleted(request)
             event(logger, "deleted", request)
+            with suppress(StoreUnavailable):  # then a note stays that leads to no video
+                await self._admission.deleted(request)
 
     @contextmanager
     def _hiding(self, video_id: str) -> Iterator[None]:
@@ -496,7 +494,7 @@ class Director:
         if room is None or record.ended or record.id not in self._running:
             return VideoStatus.of(record)
         turns = self._turns[record.spec.model]
-        position, outside = turns.place(record.id), room.door.place(record.id)
+        position, outside = turns.place(record.id), room.entrance.place(record.id)
         if outside is not None:  # all that wait inside get a sampler before
             position = turns.waiting + outside
         start_s, end_s = self._forecast(room, record)
@@ -511,14 +509,12 @@ class Director:
         """In how many seconds a video's first chunk may begin, and its last one be there; infinite if nobody knows."""
         return room.forecast(record.id, partial(self._left, record.spec.model))
 
-    def _left(self, model: str) -> dict[str, float]:
-        """How many chunks are left to make of each video that wants to be made."""
+    def _left(self, model: str) -> dict[str, float | None]:
+        """How many chunks are left to make of each video that has not ended, None of one that is paused."""
         return {
-            video.request.id: math.inf
-            if video.record.spec.open_ended
-            else video.record.spec.chunks - len(video.record.chunks)
+            video.request.id: _chunks_left(video.record)
             for video in self._running.values()
-            if video.request.spec.model == model and not video.record.paused and not video.ending
+            if video.request.spec.model == model and not video.ending
         }
 
     def _ends_s(self, videos: Iterable[str]) -> float:
@@ -590,7 +586,7 @@ class Director:
     async def _end(self, video: RunningVideo, status: Status, error: VideoError | None) -> None:
         if turns := self._turns.get(video.request.spec.model):
             turns.forget(video.request.id, video.request.owner)
-            self._rooms[video.request.spec.model].door.forget(video.request.id, video.request.owner)
+            self._rooms[video.request.spec.model].entrance.forget(video.request.id, video.request.owner)
         self._admission.leave(video.request.id)
         if video.unwatched is not None:
             video.unwatched.cancel()
@@ -650,13 +646,19 @@ def _raise_superseded(making: asyncio.Task[None]) -> None:
             raise leaf
 
 
+def _chunks_left(record: VideoRecord) -> float | None:
+    if record.paused:
+        return None
+    return math.inf if record.spec.open_ended else record.spec.chunks - len(record.chunks)
+
+
 def _time_left(request: VideoRequestRecord) -> float | None:
     """Seconds until a video's deadline, below 0 if that has passed; None if it has none."""
     return None if request.deadline_s is None else request.created_at + request.deadline_s - time.time()
 
 
 def _too_late(request: VideoRequestRecord) -> VideoError:
-    message = f"the deadline passed: deadline_s is {request.deadline_s:g}, counted from the acceptance"
+    message = f"the deadline passed: deadline_s is {request.deadline_s:g}, counted from created_at"
     return VideoError(code="deadline_exceeded", message=message)
 
 

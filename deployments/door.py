@@ -18,7 +18,7 @@ from fastapi import FastAPI, Request
 from starlette.middleware.cors import CORSMiddleware
 
 from deployments.admission import TooMany
-from deployments.config import AppConfig, Quota
+from deployments.config import NO_QUOTA, AppConfig, Quota
 from deployments.director import NoSuchVideo, Unreadable
 from deployments.errors import RequestError
 from deployments.keys import Key, Keys
@@ -77,17 +77,27 @@ class Door:
                 raise RequestError(403, "forbidden", f"key {key.id} is for {key.kind}; allowed here: {allowed}")
             self._count(key)
         request.state.key = key
-        if video_id is not None and not await self._is_of(key.owner, video_id):
-            raise NoSuchVideo(video_id)
+        if video_id is not None:
+            await self.check_owner(request, video_id)
 
     def quota(self, key: Key | None) -> Quota:
-        """What whoever came with `key` may ask for."""
-        return self._config.admission.quota if key is None or key.quota is None else key.quota
+        """What whoever came with `key` may ask for: as the configuration has it, but for what the key itself says."""
+        if key is None:
+            return NO_QUOTA
+        own = {} if key.quota is None else key.quota.model_dump(exclude_none=True)
+        return self._config.admission.quota.model_copy(update=own)
+
+    async def check_owner(self, request: Request, video_id: str) -> None:
+        """Raises NoSuchVideo for a video of others, as for one that there is not."""
+        key: Key | None = request.state.key
+        if key is not None and not await self._is_of(key.owner, video_id):
+            raise NoSuchVideo(video_id)
 
     def share_url(self, request: Request, video_id: str) -> str:
         """The address of a video's content, for those without a key: good for `share_hours`, and the rest of the hour,
         so that who asks again is told the same."""
-        url = f"{request.base_url}v1/videos/{video_id}/content"
+        base = self._config.public_url or str(request.base_url)
+        url = f"{base.rstrip('/')}/v1/videos/{video_id}/content"
         key: Key | None = request.state.key
         if key is None:
             return url
@@ -99,7 +109,7 @@ class Door:
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         key = keys.of(token.strip()) if scheme.lower() == "bearer" else None
         if key is None:
-            what = "no key of this service" if token else "missing"
+            what = "no key of this service" if token else "missing, or not after Bearer"
             raise RequestError(
                 401,
                 "unauthorized",

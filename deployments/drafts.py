@@ -91,9 +91,9 @@ class Drafts:
         async with on_disk(upload) as path:
             return await self._with_input(fields, "input_reference", path, new_id)
 
-    async def edited(self, body: Body, new_id: NewId, owner: str | None) -> Draft:
-        """A video-to-video, in OpenAI's forms: of a file, or of a finished video of this service, and of this owner,
-        unless that is None."""
+    async def edited(self, body: Body, new_id: NewId, check_owner: Callable[[str], Awaitable[None]]) -> Draft:
+        """A video-to-video, in OpenAI's forms: of a file, or of a finished video of this service. `check_owner` raises
+        NoSuchVideo for one that is not to be seen."""
         fields = self._parsed(body, EditVideo, "video")
         upload = body.file("video")
         if (upload is None) == (fields.video is None):
@@ -105,7 +105,8 @@ class Drafts:
                 return await self._with_input(fields, "video", path, new_id)
         assert fields.video is not None
         with NamedTemporaryFile(prefix="helios-upload-") as file:
-            source = await self._completed(known(fields.video.id), owner)
+            await check_owner(known(fields.video.id))
+            source = await self._completed(fields.video.id)
             await self._write_finished(source.id, Path(file.name))
             return await self._with_input(fields, "video", Path(file.name), new_id)
 
@@ -169,11 +170,9 @@ class Drafts:
         media = await self._store.put_input(video_id, path)
         return Draft(video_id, spec, fields.priority, fields.deadline_s, input=media, lead_seconds=fields.lead_seconds)
 
-    async def _completed(self, video_id: str, owner: str | None = None) -> VideoStatus:
-        """How a video stands that has to be completed, and of this owner, if there is one."""
+    async def _completed(self, video_id: str) -> VideoStatus:
+        """How a video stands that has to be completed."""
         status = await self._status(video_id)
-        if owner not in (None, status.owner):
-            raise NoSuchVideo(video_id)
         if status.status != "completed":
             raise NotPossible(f"video {video_id} is {status.status}; allowed: a completed video")
         return status

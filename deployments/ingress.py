@@ -123,7 +123,7 @@ def http_app(
             span.set_attribute("video_id", wanted.id)
             video = VideoRequestRecord(
                 id=wanted.id,
-                created_at=now,
+                created_at=time.time(),  # its body may have taken a while
                 spec=wanted.spec,
                 owner=owner,
                 input=wanted.input,
@@ -206,7 +206,8 @@ def http_app(
     @app.post("/v1/videos/edits")
     @app.post("/v1/videos/extensions")
     async def edit(request: Request) -> JSONResponse:
-        return answer(request, *await accepted(request, partial(drafts.edited, owner=owner_of(request)), uploads=True))
+        edited = partial(drafts.edited, check_owner=partial(door.check_owner, request))
+        return answer(request, *await accepted(request, edited, uploads=True))
 
     @app.post("/v1/videos/{video_id}/extend")
     async def extend(request: Request, video_id: str) -> JSONResponse:

@@ -12,6 +12,7 @@ import hmac
 import logging
 import os
 import secrets
+import stat
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -132,18 +133,35 @@ def _changing(path: Path) -> Iterator[list[Key]]:
     """The keys in a file, none if it is not there, to be changed in the block, one change at a time. Whoever reads it
     meanwhile finds the old ones or the new ones. Raises ConfigError."""
     try:
+        path = path.resolve()  # a link goes on leading there
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             fcntl.flock(folder, fcntl.LOCK_EX)
-            keys = list(read_keys(path)) if path.exists() else []
+            before = path.stat() if path.exists() else None
+            keys = list(read_keys(path)) if before else []
             yield keys
-            with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".keys-", delete=False) as file:  # mode 600
-                file.write(KeyFile(keys=tuple(keys)).model_dump_json(indent=2, exclude_none=True) + "\n")
-            os.replace(file.name, path)
+            _replace(path, KeyFile(keys=tuple(keys)).model_dump_json(indent=2, exclude_none=True) + "\n", before)
         finally:
             os.close(folder)
     except OSError as error:
         raise ConfigError(f"{path}: keys cannot be written: {error.strerror}") from None
+
+
+def _replace(path: Path, text: str, before: os.stat_result | None) -> None:
+    """Puts a file in the place of another one, for the same eyes: else a service of another user could not read that a
+    key was revoked. Where there was none, it is for its owner alone."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".keys-", delete=False) as file:  # mode 600
+        try:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+            if before is not None:
+                os.fchown(file.fileno(), before.st_uid, before.st_gid)
+                os.fchmod(file.fileno(), stat.S_IMODE(before.st_mode))
+            os.replace(file.name, path)
+        except OSError:
+            os.unlink(file.name)
+            raise
 
 
 File = Annotated[Path, typer.Option("--file", envvar="HELIOS_KEYS", help="JSON file of the keys")]

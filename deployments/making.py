@@ -176,7 +176,8 @@ class RunningVideo:
         unseen_s = min(made_s, (lead_s or 0.0) + CHUNK_FRAMES / request.spec.fps)
         self.playback = Playback(lead_s, unseen_s, asyncio.get_running_loop().time())
         self.unwatched: asyncio.TimerHandle | None = None
-        self.inside = AsyncExitStack()  # whether it is one of the videos that take turns
+        self.inside = AsyncExitStack()  # holds its place among the videos that take turns, as long as it
+        self.is_inside = False  # is one of them
         self.asked_at = 0.0  # when it wanted its newest chunk, by the loop's clock
         self.making: asyncio.Task[None]  # its chunks; this is what a cancel stops
         self.leading: asyncio.Task[None]  # the video, to its end; never cancelled
@@ -237,8 +238,8 @@ class Maker:
         """
         self._check_model(video.request)
         async with video.inside:
-            await self._come_in(video)
             while True:
+                await self._come_in(video)
                 try:
                     return await self._make_from_last_commit(video)
                 except ExceptionGroup as group:
@@ -251,10 +252,13 @@ class Maker:
                 await self._wait_for_retry(video, len(video.record.chunks), lost)
 
     async def _come_in(self, video: RunningVideo) -> None:
-        """Returns when the video is one of those that take turns; `video.inside` is then how it leaves."""
+        """Returns when the video is one of those that take turns."""
         request, deadline = video.request, video.playback.deadline(0.0)
-        door = self._rooms[request.spec.model].door
-        await video.inside.enter_async_context(door.turn(request.id, request.owner, request.priority, deadline))
+        entrance = self._rooms[request.spec.model].entrance
+        if not video.is_inside:
+            turn = entrance.turn(request.id, request.owner, request.priority, deadline)
+            await video.inside.enter_async_context(turn)
+            video.is_inside = True
 
     def _check_model(self, request: VideoRequestRecord) -> None:
         model = request.spec.model
@@ -394,6 +398,7 @@ class Maker:
         while True:
             if video.record.paused:
                 await video.inside.aclose()  # others may come in meanwhile
+                video.is_inside = False
                 while video.record.paused:
                     await video.changed.wait()
                 await self._come_in(video)

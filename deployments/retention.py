@@ -77,6 +77,7 @@ class Retention:
         """Deletes what is kept no longer at the Unix time `now`. Raises Superseded or StoreUnavailable."""
         await self._store.check_leads(self._term)
         await self._store.forget_claims(now)
+        await self._store.forget_spent(now - DAY_S)
         if self._keep == Keep():
             return
         for video in expired(await self._look(), self._keep, now):

@@ -5,7 +5,8 @@
                                       {digest}: SHA-256 of owner and key. The highest number holds, for a day
     active/{id}                       from acceptance to the end
     owners/{digest}/{id}              whose a video is, and how many seconds of their day it takes: what lists them.
-                                      {digest}: SHA-256 of the owner. It stays for a day when the video is deleted
+                                      {digest}: SHA-256 of the owner
+    spent/{digest}/{id}               the same of a video that was deleted, until that day is over
     videos/{id}/request.json          what was asked for
     videos/{id}/input                 the uploaded image or video that it begins with
     videos/{id}/init.mp4              the head of the file
@@ -344,16 +345,34 @@ class Store:
 
     async def spent(self, owner: str, since: float) -> dict[str, float]:
         """How many seconds each video takes of this owner's day, of those that were made at the Unix time `since` or
-        later."""
-        ids = [video_id for video_id in await self.owned(owner) if created_at(video_id) >= since]
-        found = await asyncio.gather(*(self._seconds(owner, video_id) for video_id in ids))
-        return dict(zip(ids, found, strict=True))
+        later, also of those that were deleted."""
+        keys = [
+            f"{folder}/{name}"
+            for folder in (_owned_folder(owner), _owned_folder(owner, "spent"))
+            for name in await self._names(folder)
+            if is_video_id(name) and created_at(name) >= since
+        ]
+        found = await asyncio.gather(*map(self._seconds, keys))
+        return {PurePosixPath(key).name: seconds for key, seconds in zip(keys, found, strict=True)}
 
-    async def _seconds(self, owner: str, video_id: str) -> float:
+    async def _seconds(self, key: str) -> float:
         try:
-            return float(json.loads(await self.read(_owned_key(owner, video_id))))
+            return float(json.loads(await self.read(key)))
         except ObjectMissing:
             return 0.0  # forgotten since
+
+    async def keep_spent(self, owner: str, video_id: str) -> None:
+        """Keep what a video takes of its owner's day, which is deleted."""
+        with self._errors(), suppress(FileNotFoundError):
+            kept = f"{_owned_folder(owner, 'spent')}/{_checked(video_id)}"
+            await self._run(obstore.copy, _owned_key(owner, video_id), kept)
+
+    async def forget_spent(self, before: float) -> None:
+        """Remove what is kept of deleted videos that were made before this Unix time."""
+        with self._errors():
+            kept = await self._run(_list_objects, "spent/")
+        ids = [(item.key, PurePosixPath(item.key).name) for item in kept]
+        await self._delete([key for key, name in ids if is_video_id(name) and created_at(name) < before])
 
     async def forget_owned(self, owner: str, video_id: str) -> None:
         """Remove the note of a video that is there no more."""
@@ -636,8 +655,8 @@ def _claim_key(owner: str, key: str, number: int) -> str:
     return f"idempotency/{digest}/{number:06d}.json"
 
 
-def _owned_folder(owner: str) -> str:
-    return f"owners/{hashlib.sha256(owner.encode()).hexdigest()}"
+def _owned_folder(owner: str, kind: str = "owners") -> str:
+    return f"{kind}/{hashlib.sha256(owner.encode()).hexdigest()}"
 
 
 def _owned_key(owner: str, video_id: str) -> str:

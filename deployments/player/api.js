@@ -11,8 +11,13 @@ export class ApiError extends Error {
 }
 
 /** The API key that goes with each request, as long as this tab is open. */
-export const keyOf = () => sessionStorage.getItem("key");
-export const useKey = (key) => sessionStorage.setItem("key", key);
+const keyOf = () => sessionStorage.getItem("key");
+
+/** Throws ApiError for what can be no key. */
+export function useKey(key) {
+  if (!/^[!-~]+$/.test(key)) throw new ApiError(0, { message: "a key has ASCII letters, digits and signs", param: "key" });
+  sessionStorage.setItem("key", key);
+}
 
 /** `keyless`: an answer was refused for want of a key that is good. */
 export const heard = new EventTarget();
@@ -35,7 +40,7 @@ export async function call(method, path, body) {
     throw new ApiError(0, { message: "the service does not answer" });
   });
   const answer = await response.json().catch(() => ({}));
-  if (response.status === 401) heard.dispatchEvent(new Event("keyless"));
+  if (answer.error?.code === "unauthorized" || answer.error?.code === "forbidden") heard.dispatchEvent(new Event("keyless"));
   if (!response.ok) {
     throw new ApiError(response.status, answer.error ?? { message: `the service answered with ${response.status}` });
   }

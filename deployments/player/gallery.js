@@ -5,6 +5,8 @@ import { call, mediaOf } from "./api.js";
 const PAGE = 12;
 const ASK_MS = 5000;
 
+const shown = new WeakMap(); // card ▸ its video as it last stood, as links get old
+
 export class Gallery {
   #list;
   #older;
@@ -35,7 +37,7 @@ export class Gallery {
     }
     let before = null;
     for (const video of page.data) {
-      const card = this.#cards.get(video.id) ?? this.#added(video);
+      const card = this.#cards.get(video.id) ?? this.#added(video.id);
       show(card, video);
       const place = before ? before.nextSibling : this.#list.firstChild;
       if (place !== card) this.#list.insertBefore(card, place);
@@ -44,12 +46,11 @@ export class Gallery {
     this.#older.hidden = !page.has_more || limit === 100;
   }
 
-  #added(video) {
-    const { id } = video;
+  #added(id) {
     const card = document.getElementById("card").content.cloneNode(true).firstElementChild;
     const link = card.querySelector("a");
     link.href = `#/videos/${id}`;
-    for (const name of ["pointerenter", "focus"]) link.addEventListener(name, () => play(card, video));
+    for (const name of ["pointerenter", "focus"]) link.addEventListener(name, () => play(card));
     for (const name of ["pointerleave", "blur"]) link.addEventListener(name, () => card.querySelector("video")?.remove());
     this.#cards.set(id, card);
     return card;
@@ -59,6 +60,7 @@ export class Gallery {
 function show(card, video) {
   const { prompt, status, seconds, progress, usage } = video;
   card.dataset.status = status;
+  shown.set(card, video);
   const text = (selector, value) => {
     const element = card.querySelector(selector);
     if (element.textContent !== value) element.textContent = value;
@@ -76,10 +78,10 @@ function show(card, video) {
 
 const told = (status) => ({ in_progress: "being made", completed: "whole", cancelled: "stopped" })[status] ?? status;
 
-function play(card, of) {
+function play(card) {
   if (card.dataset.status !== "completed" || card.querySelector("video")) return;
   const video = document.createElement("video");
-  Object.assign(video, { src: mediaOf(of, "content"), muted: true, loop: true, playsInline: true, tabIndex: -1 });
+  Object.assign(video, { src: mediaOf(shown.get(card), "content"), muted: true, loop: true, playsInline: true, tabIndex: -1 });
   video.setAttribute("aria-hidden", "true");
   card.querySelector(".picture").append(video);
   video.play().catch(() => {}); // taken away before it began, or a browser that plays nothing by itself: the picture stays

@@ -1,6 +1,6 @@
 // The page: which videos are watched is in its address, #/videos/{id} or, side by side, #/videos/{id}/{id}.
 
-import { ApiError, heard, useKey } from "./api.js";
+import { heard, useKey } from "./api.js";
 import { Composer } from "./composer.js";
 import { onSubmit } from "./forms.js";
 import { Gallery } from "./gallery.js";
@@ -85,5 +85,5 @@ onSubmit(door, async () => {
 addEventListener("hashchange", show);
 show();
 await composer.load().catch((error) => {
-  if (!(error instanceof ApiError && error.status === 401)) throw error;
+  if (!["unauthorized", "forbidden"].includes(error.code)) throw error; // a key is asked for
 });

@@ -17,11 +17,13 @@ import pytest
 from deployments.admission import TooMany
 from deployments.config import Quota
 from deployments.director import Director
+from deployments.making import InputLost
 from deployments.records import VideoStatus
 from deployments.scheduling import forecast
 from deployments.tracing import Tracer
 from tests.deployments.conftest import LocalService, serving
 from tests.deployments.test_content import BODY, ended
+from tests.deployments.test_director import PROMPT
 from tests.deployments.test_door import Tenants, error_of, tenants
 
 
@@ -53,8 +55,7 @@ async def test_some_take_turns_some_wait_and_the_rest_is_refused(tmp_path: Path)
         assert error_of(refused) == (429, "too_many_requests")
         assert "2 that take turns and 1 that wait" in refused.json()["error"]["message"]
         assert int(refused.headers["retry-after"]) >= 1
-        while (await shown(service, ids[1]))["queue_position"] != 0:  # noqa: ASYNC110 - of the two inside, one
-            await asyncio.sleep(0)
+        await place_of(service, ids[1], 0)  # of the two inside, one waits for the sampler
         waiting = await shown(service, ids[2])
         assert (waiting["status"], waiting["queue_position"]) == ("queued", 1)
         metrics = (await service.http.get("/metrics")).text
@@ -82,6 +83,35 @@ async def test_who_waits_comes_in_when_another_is_paused_and_the_paused_one_wait
         assert (await shown(service, first))["queue_position"] == 0
         third_gate.open()
         assert (await ended(service, first)).status == (await ended(service, third)).status == "completed"
+
+
+async def test_a_video_that_loses_its_input_while_it_waits_for_a_place_waits_again(tmp_path: Path) -> None:
+    """It goes back to its last commit, but not past the others."""
+    async with narrow(tmp_path, 1, 9) as service:
+        sampled, rendering = service.graph.gate("sampled 1"), service.graph.gate("render 1")
+        first = (await create(service)).json()["id"]
+        await sampled.reached.wait()
+        await service.http.post(f"/v1/videos/{first}/pause")
+        service.graph.losses[PROMPT, "render 1"] = [InputLost("it is gone")]
+        sampled.open()  # it leaves, and its second chunk is still being rendered
+        gate = service.graph.gate("sample 0", "another")
+        second = (await create(service, prompt="another")).json()["id"]
+        await gate.reached.wait()
+        await service.http.post(f"/v1/videos/{first}/resume")
+        await place_of(service, first, 0)
+        rendering.open()
+        while not service.director._running[first].retries[1]:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        await place_of(service, first, 0)
+        assert "helios_videos_queued 1.0" in (await service.http.get("/metrics")).text
+        gate.open()
+        assert (await ended(service, first)).status == (await ended(service, second)).status == "completed"
+
+
+async def place_of(service: LocalService, video_id: str, place: int) -> None:
+    """Returns when a video has this place in the queue."""
+    while (await shown(service, video_id))["queue_position"] != place:  # noqa: ASYNC110
+        await asyncio.sleep(0)
 
 
 async def test_who_leaves_the_queue_leaves_no_trace(tmp_path: Path) -> None:

@@ -198,6 +198,13 @@ async def test_a_link_is_the_same_for_an_hour_and_ends_with_its_key(tmp_path: Pa
         assert error_of(await service.service.http.get(shared)) == (403, "link_invalid")
 
 
+async def test_a_link_leads_to_where_the_service_says_it_is(tmp_path: Path) -> None:
+    async with tenants(tmp_path, public_url="https://video.example/helios/") as service:
+        video_id, _ = await put_video(service.service, owner="one")
+        shared = (await service.send("GET", f"/v1/videos/{video_id}", "one")).json()["share_url"]
+        assert shared.startswith(f"https://video.example/helios/v1/videos/{video_id}/content?key=")
+
+
 async def test_a_playlist_hands_its_link_on(tmp_path: Path) -> None:
     """Players ask for what a playlist names with no header and no query of their own."""
     async with tenants(tmp_path) as service:
@@ -254,7 +261,7 @@ async def test_the_same_idempotency_key_of_two_owners_makes_two_videos(tmp_path:
             await ended(service.service, video_id)
 
 
-async def test_a_list_forgets_what_was_deleted_when_its_day_is_over(tmp_path: Path) -> None:
+async def test_what_was_deleted_is_listed_no_more_and_counts_for_a_day(tmp_path: Path) -> None:
     async with tenants(tmp_path) as service:
         store, now = service.service.store, time.time()
         old, _ = await put_video(service.service, owner="one", at=now - DAY_S - 60)
@@ -264,12 +271,10 @@ async def test_a_list_forgets_what_was_deleted_when_its_day_is_over(tmp_path: Pa
             assert (await service.send("DELETE", f"/v1/videos/{video_id}", "one")).status_code == 200
         page = (await service.send("GET", "/v1/videos", "one")).json()
         assert [video["id"] for video in page["data"]] == [kept]
-        assert await store.owned("one") == [kept, new]
-        gone, _ = await put_video(service.service, owner="one", at=now - DAY_S - 60)
-        await store.delete(gone)  # as by an earlier Director that died before it could forget
-        assert gone in await store.owned("one")
-        await service.send("GET", "/v1/videos", "one")
-        assert await store.owned("one") == [kept, new]
+        assert await store.owned("one") == [kept]
+        assert await store.spent("one", now - DAY_S) == dict.fromkeys((kept, new), 4.125)
+        await store.forget_spent(now - 59)
+        assert await store.spent("one", now - DAY_S) == {kept: 4.125}
 
 
 async def test_a_video_that_cannot_be_read_can_be_deleted_by_who_it_is_of(tmp_path: Path) -> None:
@@ -281,6 +286,8 @@ async def test_a_video_that_cannot_be_read_can_be_deleted_by_who_it_is_of(tmp_pa
         path = f"/v1/videos/{video_id}"
         assert error_of(await service.send("GET", path, "other")) == (404, "not_found")
         assert error_of(await service.send("DELETE", path, "other")) == (404, "not_found")
+        edit = {"prompt": "a green moon", "video": {"id": video_id}}
+        assert error_of(await service.send("POST", "/v1/videos/edits", "other", edit)) == (404, "not_found")
         assert error_of(await service.send("GET", path, "one")) == (409, "unreadable")
         assert (await service.send("DELETE", path, "one")).status_code == 200
 
@@ -292,6 +299,15 @@ async def test_requests_are_counted_by_the_minute_and_by_the_key(tmp_path: Path)
         assert error_of(answers[3]) == (429, "too_many_requests")
         assert 1 <= int(answers[3].headers["retry-after"]) <= 20
         assert (await service.send("GET", "/v1/models", "other")).status_code == 200
+
+
+async def test_a_limit_of_its_own_leaves_a_key_the_other_ones(tmp_path: Path) -> None:
+    configured = {"quota": {"requests_per_minute": 2, "seconds_per_day": 9.0}}
+    async with tenants(tmp_path, Quota(seconds_per_day=1.0), admission=configured) as service:
+        refused = await service.send("POST", "/v1/videos", "one", SHORT)
+        assert error_of(refused) == (422, "invalid_input") and "at most 1," in refused.text
+        answers = [await service.send("GET", "/v1/models", "one") for _ in range(2)]
+        assert [answer.status_code for answer in answers] == [200, 429]
 
 
 @pytest.mark.parametrize("origin, allowed", [("https://a.example", True), ("https://b.example", False)])

@@ -60,6 +60,21 @@ def test_a_key_is_shown_once_and_the_file_has_its_digest(helios: Helios, file: P
     assert key.id in told and "concurrent_videos 2, seconds_per_day 90.5" in told and key.sha256 not in told
 
 
+def test_a_change_leaves_the_file_to_those_who_could_read_it(helios: Helios, file: Path, tmp_path: Path) -> None:
+    """A service of another user, that reads it by a link."""
+    helios("add")
+    os.chmod(file, 0o640)
+    if os.geteuid() == 0:
+        os.chown(file, 1234, 1235)
+    link = tmp_path / "link.json"
+    link.symlink_to(file)
+    before, (key,) = file.stat(), read_keys(file)
+    revoked = CliRunner().invoke(app, ["keys", "revoke", key.id, "--file", str(link)])
+    assert revoked.exit_code == 0 and link.is_symlink() and read_keys(link) == read_keys(file) == ()
+    after = file.stat()
+    assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
+
+
 def test_each_key_has_an_owner_of_its_own_unless_it_is_told(helios: Helios, file: Path) -> None:
     helios("add")
     helios("add")
