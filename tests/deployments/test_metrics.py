@@ -234,8 +234,14 @@ def test_waits_and_retries() -> None:
 
 def test_gauges_are_read_with_each_text() -> None:
     metrics, running = Metrics(), ["a"]
-    metrics.observe(lambda: len(running), lambda: 2, lambda: 3, lambda: 4, lambda: 5, lambda: True)
-    expected = {"helios_queue_depth": 2, "helios_sampling": 3, "helios_samplers": 4, "helios_watchers": 5}
+    metrics.observe(lambda: len(running), lambda: 6, lambda: 2, lambda: 3, lambda: 4, lambda: 5, lambda: True)
+    expected = {
+        "helios_videos_queued": 6,
+        "helios_queue_depth": 2,
+        "helios_sampling": 3,
+        "helios_samplers": 4,
+        "helios_watchers": 5,
+    }
     expected |= {"helios_store_up": 1}
     assert moved(metrics) == {"helios_videos_running": 1, **expected}
     running.clear()
@@ -245,7 +251,7 @@ def test_gauges_are_read_with_each_text() -> None:
 def test_two_are_independent() -> None:
     metrics, other = Metrics(), Metrics()
     make(metrics, [T + 2], "failed", T + 3)
-    metrics.observe(*[lambda: 7] * 5, lambda: True)
+    metrics.observe(*[lambda: 7] * 6, lambda: True)
     assert moved(other) == {}
 
 

@@ -191,9 +191,9 @@ async def test_a_change_while_an_extension_waits_for_its_turn(
     other, gate = await held(service, "sample 0", seconds=CHUNK)
     asked, turn = asyncio.Event(), turns.turn
 
-    def watched(video_id: str, again: bool = False) -> Any:
+    def watched(*of: Any, **more: Any) -> Any:
         asked.set()
-        return turn(video_id, again)
+        return turn(*of, **more)
 
     monkeypatch.setattr(turns, "turn", watched)
     video_id = (await post(service, f"/{source.id}/extend", seconds=CHUNK, prompt=DESERT, transition_chunks=1))["id"]

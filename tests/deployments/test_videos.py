@@ -65,7 +65,9 @@ async def test_a_page_shows_running_videos_as_they_stand(service: LocalService) 
 
 async def test_the_queue_position_is_told(service: LocalService) -> None:
     video_id, _ = await put_video(service)
-    assert video_object(VideoStatus.of(await stored(service, video_id), 3), None)["queue_position"] == 3
+    told = video_object(VideoStatus.of(await stored(service, video_id), 3, 4.9, 5.9), None, "http://helios/it")
+    names = ("queue_position", "estimated_start_at", "estimated_completion_at", "share_url")
+    assert [told[name] for name in names] == [3, 4, 5, "http://helios/it"]
 
 
 # Tracing and metrics
