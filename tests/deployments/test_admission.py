@@ -55,7 +55,7 @@ async def test_some_take_turns_some_wait_and_the_rest_is_refused(tmp_path: Path)
         assert error_of(refused) == (429, "too_many_requests")
         assert "2 that take turns and 1 that wait" in refused.json()["error"]["message"]
         assert int(refused.headers["retry-after"]) >= 1
-        await place_of(service, ids[1], 0)  # of the two inside, one waits for the sampler
+        await next_is(service, *ids[:2])  # of the two inside, one waits for the sampler
         waiting = await shown(service, ids[2])
         assert (waiting["status"], waiting["queue_position"]) == ("queued", 1)
         metrics = (await service.http.get("/metrics")).text
@@ -98,19 +98,19 @@ async def test_a_video_that_loses_its_input_while_it_waits_for_a_place_waits_aga
         second = (await create(service, prompt="another")).json()["id"]
         await gate.reached.wait()
         await service.http.post(f"/v1/videos/{first}/resume")
-        await place_of(service, first, 0)
+        await next_is(service, first)
         rendering.open()
         while not service.director._running[first].retries[1]:  # noqa: ASYNC110
             await asyncio.sleep(0)
-        await place_of(service, first, 0)
+        await next_is(service, first)
         assert "helios_videos_queued 1.0" in (await service.http.get("/metrics")).text
         gate.open()
         assert (await ended(service, first)).status == (await ended(service, second)).status == "completed"
 
 
-async def place_of(service: LocalService, video_id: str, place: int) -> None:
-    """Returns when a video has this place in the queue."""
-    while (await shown(service, video_id))["queue_position"] != place:  # noqa: ASYNC110
+async def next_is(service: LocalService, *video_ids: str) -> None:
+    """Returns when one of these videos is the first of those that wait."""
+    while 0 not in [(await shown(service, video_id))["queue_position"] for video_id in video_ids]:  # noqa: ASYNC110
         await asyncio.sleep(0)
 
 
