@@ -25,9 +25,7 @@ from tests.deployments.test_fair_turns import CHUNK, ServedWorld, asked
 from tests.deployments.test_live import stored_in
 from tests.deployments.virtual_time import VirtualTime, run_in_virtual_time
 
-LEFT = VideoError(
-    code="deadline_exceeded", message="the deadline passed: deadline_s is 4.5, counted from the acceptance"
-)
+LEFT = VideoError(code="deadline_exceeded", message="the deadline passed: deadline_s is 4.5, counted from created_at")
 ACCEPTED = 1000.0  # Unix time at which a test begins
 
 # How they end, in virtual time: sampling takes a second, so that chunk k is committed after k + 1.1
@@ -226,7 +224,7 @@ async def test_what_was_committed_before_the_deadline_can_be_played(
     async with serving(tmp_path) as service:
         record = await ended(service, video["id"])
         told_of = await show(service, video["id"])
-        message = "the deadline passed: deadline_s is 60, counted from the acceptance"
+        message = "the deadline passed: deadline_s is 60, counted from created_at"
         assert (told_of["status"], told_of["error"]) == ("failed", {"code": "deadline_exceeded", "message": message})
         assert (told_of["deadline_s"], told_of["usage"]["chunks"], len(record.chunks)) == (60, 2, 2)
         status, code, why = told(await get(service, video["id"]))
