@@ -43,8 +43,7 @@ demo-checkpoint: $(VENV)/run.stamp  ## the demo model from nothing, on two cores
 
 # Versions are those of constraints.txt. PyPI's torch for Linux brings gigabytes of CUDA libraries: for a machine without
 # a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu takes the small build instead.
-# Without --no-compile pip would compile every module of every package, most of which nobody imports.
-PIP = $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt \
+PIP = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt \
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 $(VENV)/run.stamp: pyproject.toml constraints.txt
 	python3 -m venv $(VENV)
