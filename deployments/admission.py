@@ -8,8 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 
-from deployments.config import Admission as Settings
-from deployments.config import Quota
+from deployments.config import AdmissionSettings, Quota
 from deployments.records import VideoRequestRecord
 from deployments.retention import DAY_S
 from deployments.scheduling import forecast
@@ -88,7 +87,7 @@ class Admission:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: AdmissionSettings,
         store: Store,
         rooms: Mapping[str, Room],
         ends: Callable[[Iterable[str]], float],

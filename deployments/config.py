@@ -98,7 +98,7 @@ class Quota(Settings):
 NO_QUOTA = Quota()
 
 
-class Admission(Settings):
+class AdmissionSettings(Settings):
     """How many videos of a model are taken in. `videos_per_sampler`: so many take turns on each; `queued`: so many wait
     until one of them ends; more are refused, 429. `quota`: of each key, where it has no limit of its own."""
 
@@ -123,7 +123,7 @@ class AppConfig(Settings):
         None, pattern=r"^https?://[^\s?#]+$"
     )  # of share_url; None: as requests are addressed
     cors_origins: tuple[str, ...] = ()  # whose pages may ask, as https://example.com, or * for all; never with cookies
-    admission: Admission = Admission()
+    admission: AdmissionSettings = AdmissionSettings()
     # HAProxy in front: then a viewer who reads slowly is also sent to slowly. A running cluster (RAY_ADDRESS) needs
     # RAY_SERVE_ENABLE_HA_PROXY=1 on each of its nodes besides.
     haproxy: bool = False

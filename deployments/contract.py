@@ -723,10 +723,9 @@ def operation(route: Route, method: str, forms: Mapping[str, Schema], config: Ap
         example = example_bodies(config.limits)[route.body]
         content: Schema = {JSON: {"schema": json_body(route.body, forms, route.file), "example": example}}
         flat = {name: value for name, value in example.items() if not isinstance(value, dict)}
-        if route.file != "video":
-            content[FORM] = {"schema": form_body(route.body, forms, route.file), "example": flat}
-        else:
-            content[FORM] = {"schema": form_body(route.body, forms, route.file)}
+        content[FORM] = {"schema": form_body(route.body, forms, route.file)}
+        if route.file != "video":  # which is a file there, and of that there is no example
+            content[FORM]["example"] = flat
         told["requestBody"] = {"required": True, "content": content}
     return told
 
@@ -742,7 +741,7 @@ def parameters(route: Route, forms: Mapping[str, Schema]) -> Iterator[Schema]:
         schema, description = PARAMETERS_OF_PATHS[name]
         yield {"name": name, "in": "path", "required": True, "schema": schema, "description": description}
     if route.query is not None:
-        for name, own in properties(route.query, {**forms}).items():
+        for name, own in properties(route.query, forms).items():
             description = own.pop("description")
             schema = next((option for option in own.get("anyOf", ()) if option.get("type") != "null"), own)
             yield {"name": name, "in": "query", "schema": schema, "description": description}

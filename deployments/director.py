@@ -19,8 +19,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from deployments.admission import Admission, Room, TooMany
-from deployments.config import NO_QUOTA, Quota
-from deployments.config import Admission as AdmissionSettings
+from deployments.config import NO_QUOTA, AdmissionSettings, Quota
 from deployments.logs import event, shown
 from deployments.making import Graph, Maker, NotPossible, RunningVideo, first_record, leaves
 from deployments.metrics import Metrics

@@ -16,6 +16,7 @@ from deployments.cli import free_port
 from deployments.config import AppConfig
 from deployments.director import Director
 from deployments.ingress import http_app
+from deployments.keys import new_key
 from deployments.service import run_service
 from deployments.store import Store
 from deployments.tracing import Tracer
@@ -103,6 +104,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     write_samples(tmp_path, "video.mp4")
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def key(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """An API key, as its holder sends it, and the file in which its digest is."""
+    token, key = new_key("acme", "videos", None)
+    file = tmp_path_factory.mktemp("keys") / "keys.json"
+    file.write_text(json.dumps({"keys": [key.model_dump()]}))
+    return token, file
 
 
 @pytest.fixture(scope="session")

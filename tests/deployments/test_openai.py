@@ -24,7 +24,6 @@ from ray import serve
 
 from deployments.cli import free_port
 from deployments.config import AppConfig
-from deployments.keys import new_key
 from deployments.service import APP_NAME, run_service
 from tests.core import media_files
 
@@ -37,15 +36,6 @@ STEPS = {"random": "1,1,1", "random-base": "2", "random-mid": "1,1,1"}
 
 PICTURE = ("picture.png", media_files.image("PNG"), "image/png")
 CLIP = ("clip.mp4", media_files.video(48), "video/mp4")
-
-
-@pytest.fixture(scope="module")
-def key(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """What the client sends, and the file in which its digest is."""
-    token, key = new_key("acme", "videos", None)
-    file = tmp_path_factory.mktemp("keys") / "keys.json"
-    file.write_text(json.dumps({"keys": [key.model_dump()]}))
-    return token, file
 
 
 @pytest.fixture(scope="module")

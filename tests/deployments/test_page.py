@@ -5,7 +5,6 @@ to play.
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -18,7 +17,6 @@ from playwright.sync_api import Browser, expect
 
 from deployments.cli import free_port
 from deployments.config import AppConfig
-from deployments.keys import new_key
 from deployments.service import run_service
 from helios_core.config import CHUNK_FRAMES
 from helios_core.demo.score import score
@@ -35,15 +33,6 @@ PACE = 1.7
 AXE = "axe-core@4.11.0"
 SERIOUS = ("serious", "critical")
 CONTROLS = "a[href], button, input, select, textarea, summary, .pane video"
-
-
-@pytest.fixture(scope="module")
-def key(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """What the page's viewers have, and the file in which its digest is."""
-    token, key = new_key("acme", "videos", None)
-    file = tmp_path_factory.mktemp("keys") / "keys.json"
-    file.write_text(json.dumps({"keys": [key.model_dump()]}))
-    return token, file
 
 
 @pytest.fixture(scope="module")
