@@ -25,8 +25,10 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from helios_core.config import (
+    EXACT,
     SCHEDULERS,
     VARIANTS,
+    Approximations,
     SchedulerConfig,
     TransformerConfig,
     VaeConfig,
@@ -42,6 +44,7 @@ from helios_core.sampling.guidance import CFG_ZERO_STAR, CLASSIFIER_FREE
 from helios_core.sampling.solvers import SOLVERS
 from helios_core.spec import ModelCard
 from helios_core.text import TextEncoder
+from helios_core.transformer.fp8 import to_fp8
 from helios_core.transformer.model import FP32_PARAMETERS, KEY_ALIASES, HeliosTransformer
 from helios_core.vae.model import WanVae
 
@@ -175,17 +178,30 @@ class Checkpoint:
                 # The hub is out of reach, but its files were fetched before.
         return [(path.name, _sha256(path)) for path in here]
 
-    def load_sampler(self, device: torch.device, dtype: torch.dtype) -> ChunkSampler:
-        """The transformer in `dtype`, except for the parameters that the reference keeps in fp32, with its solver."""
+    def load_sampler(
+        self, device: torch.device, dtype: torch.dtype, approximations: Approximations = EXACT
+    ) -> ChunkSampler:
+        """The transformer in `dtype`, except for the parameters that the reference keeps in fp32, with its solver.
+
+        Raises CheckpointError also for sizes that FP8 cannot have.
+        """
         model, places = self._transformer()
 
         def dtype_of(name: str) -> torch.dtype:
             return torch.float32 if FP32_PARAMETERS.intersection(name.split(".")) else dtype
 
         _fill(model, places, device, dtype_of)
+        if approximations.fp8:
+            try:
+                to_fp8(model)
+            except ValueError as error:
+                raise CheckpointError(f"{self.folder / 'transformer/config.json'}: {error}") from None
+        model.join()
         variant = self.card.variant
         guidance = CFG_ZERO_STAR if variant.is_cfg_zero_star else CLASSIFIER_FREE
-        return ChunkSampler(model, self.scheduler, SOLVERS[variant.scheduler_class], guidance)
+        return ChunkSampler(
+            model, self.scheduler, SOLVERS[variant.scheduler_class], guidance, approximations.history_refresh
+        )
 
     def load_vae(self, device: torch.device) -> WanVae:
         """The VAE, in fp32 as the reference runs it."""

@@ -12,7 +12,7 @@ import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from helios_core.errors import CheckpointError
 
@@ -23,7 +23,30 @@ HISTORY_LATENTS = HISTORY_LONG + HISTORY_MID + HISTORY_SHORT
 TEXT_TOKENS = 512  # rows of text that the transformer sees; unused ones are zero
 NATIVE_FPS = 24
 
+# When the history's keys and values are computed. Exact: at each step. Cheaper: at the first of a stage, of a chunk.
+HistoryRefresh = Literal["step", "stage", "chunk"]
+
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Approximations:
+    """What a sampler computes less exactly to be faster, each measured in PERFORMANCE.md. None is the default.
+
+    `fp8`: matrix products in 8 bits (transformer/fp8.py).
+    """
+
+    fp8: bool = False
+    history_refresh: HistoryRefresh = "step"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """For people and records: none for an exact sampler."""
+        history = () if self.history_refresh == "step" else (f"history once a {self.history_refresh}",)
+        return (*(("fp8",) if self.fp8 else ()), *history)
+
+
+EXACT = Approximations()
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ Shapes: B batch (always 1), C latent channels, T latent frames, h, w latent rows
 from __future__ import annotations
 
 import functools
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from helios_core.config import CHUNK_LATENTS, SchedulerConfig
+from helios_core.config import CHUNK_LATENTS, HistoryRefresh, SchedulerConfig
 from helios_core.sampling.guidance import Guidance
 from helios_core.sampling.noise import block_noise, chunk_noise
 from helios_core.sampling.schedule import Stage, Step, pyramid
@@ -24,6 +24,7 @@ from helios_core.state import StreamState
 from helios_core.text import TextEmbeddings
 
 TEXT_CONTEXTS = 4  # prompts, or pairs of a prompt and its negative one, whose keys and values a sampler keeps
+RUN_AHEAD = 1  # steps that a GPU is given beyond the one it works at: it never idles, and a chunk can still be stopped
 TOKEN_AREA = 4  # latent pixels per token: the transformer's patch is 1 x 2 x 2
 
 
@@ -42,8 +43,11 @@ class Denoiser(Protocol):
         """What stays equal over a chunk's steps: anchor [1, C, 1, h, w] and history [1, C, 19, h, w], embedded."""
         ...
 
-    def __call__(self, latents: Tensor, timestep: float, context: Any) -> Tensor:
-        """The velocity at `latents` [1, C, T, h', w'] of any float dtype, for each text of `context`, in its dtype."""
+    def __call__(self, latents: Tensor, timestep: float, context: Any, past: list[Any] | None = None) -> Tensor:
+        """The velocity at `latents` [1, C, T, h', w'] of any float dtype, for each text of `context`, in its dtype.
+
+        `past`: if empty, it is filled with what this run makes of the history; if not, that is used again.
+        """
         ...
 
 
@@ -59,8 +63,16 @@ class ChunkSampler:
     (0.42 GB for each prompt of the 14B model, and as much for a negative one).
     """
 
-    def __init__(self, model: Denoiser, scheduler: SchedulerConfig, solver: Solver, guidance: Guidance) -> None:
+    def __init__(
+        self,
+        model: Denoiser,
+        scheduler: SchedulerConfig,
+        solver: Solver,
+        guidance: Guidance,
+        history_refresh: HistoryRefresh = "step",
+    ) -> None:
         self.model, self.scheduler, self.solver, self.guidance = model, scheduler, solver, guidance
+        self.history_refresh = history_refresh
         self._contexts: OrderedDict[tuple[str, ...], Any] = OrderedDict()
 
     def sample(
@@ -92,6 +104,7 @@ class ChunkSampler:
             scheduler=self.scheduler,
             guidance=self.guidance,
             guidance_scale=guidance_scale,
+            history_refresh=self.history_refresh,
             on_step=on_step,
         )
 
@@ -118,14 +131,17 @@ def sample_chunk(
     scheduler: SchedulerConfig,
     guidance: Guidance,
     guidance_scale: float = 1.0,
+    history_refresh: HistoryRefresh = "step",
     on_step: OnStep | None = None,
 ) -> StreamState:
     """The state after one more chunk. A pure function: the same arguments give the same state, on any replica.
 
     `text`: the model's text context, of the prompt, and for a `guidance_scale` above 1 also of the negative prompt,
-    second; `steps`: the solver's steps per stage, coarse to fine. Latents are solved on the model's device, in fp32 at
-    first and then in the dtypes that `solver` gives, as the reference does. The chunk's own latents are
-    `result.latents`. Raises ValueError for a stage without steps.
+    second; `steps`: the solver's steps per stage, coarse to fine; `history_refresh`: exact at each "step", or the
+    history's keys and values of the first step of each "stage" or of the "chunk". Latents are solved on the model's
+    device, in fp32 at first and then in the dtypes that `solver` gives, as the reference does. A GPU is waited for at
+    the end only, and before a step for `on_step`'s sake (RUN_AHEAD). The chunk's own latents are `result.latents`.
+    Raises ValueError for a stage without steps.
     """
     stages = pyramid(scheduler)
     if len(steps) != len(stages) or min(steps) < 1:
@@ -133,18 +149,27 @@ def sample_chunk(
     generator = state.generator()
     _, c, _, h, w = state.history.shape
     anchor = torch.zeros_like(state.history[:, :, :1]) if state.anchor is None else state.anchor
-    context = model.begin_chunk(anchor.to(model.device), state.history.to(model.device), text)
+    context = model.begin_chunk(_sent(anchor, model.device), _sent(state.history, model.device), text)
+    past: list[Any] = []  # what is kept of the history
+    ended: deque[torch.cuda.Event] = deque()  # told by the GPU after each step
 
     def velocity(stage: Stage, x: Tensor, step: Step) -> Tensor:
         if guidance_scale > 1 and stage.index == 0 and step.index < guidance.zero_steps:
             return torch.zeros_like(x, dtype=model.dtype)
         if on_step is not None:
+            if len(ended) > RUN_AHEAD:
+                ended.popleft().synchronize()
             on_step(stage.index)
-        v = model(x, step.timestep, context)
+        if history_refresh == "step":
+            v = model(x, step.timestep, context)
+        else:
+            v = model(x, step.timestep, context, past)
+        if model.device.type == "cuda":
+            ended.append(torch.cuda.current_stream(model.device).record_event())
         return guidance.mix(v[:1], v[1:], guidance_scale) if guidance_scale > 1 else v
 
     noise = chunk_noise((1, c, CHUNK_LATENTS, h, w), generator)
-    latents = noise.to(model.device)
+    latents = _sent(noise, model.device)
     for _ in stages[1:]:
         latents = halve(latents)
 
@@ -155,11 +180,19 @@ def sample_chunk(
         if stage.index > 0:
             latents = double(latents)
             renoise = block_noise(tuple(latents.shape), scheduler.gamma, generator)
-            latents = stage.signal * latents + stage.noise * renoise.to(model.device, model.dtype)
+            latents = stage.signal * latents + stage.noise * _sent(renoise, model.device).to(model.dtype)
+        if history_refresh == "stage":
+            past.clear()
 
         latents = solver(functools.partial(velocity, stage), latents, stage, steps[stage.index], tokens, scheduler)
 
     return state.after(latents, generator)
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """On `device`, in its turn among that device's work: from pinned memory, as a copy from elsewhere would wait for
+    all of it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def halve(latents_BCTHW: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """The transformer's layers. Attributes carry the names of the official checkpoint, odd ones too: they are its keys.
 
 Precision: c is the dtype of the big weights (bf16 or fp32). Normalisation, modulation, gates and residual sums are
-computed in fp32, then rounded to c; matrix products run in c. The time embedder, every scale_shift_table and norm2
-are fp32 parameters, whatever c is.
+computed in fp32, then rounded to c (kernels.py); matrix products run in c. The time embedder, every scale_shift_table
+and norm2 are fp32 parameters, whatever c is.
 
 Shapes: B batch, L tokens, S tokens that they look at, D model dim, N heads, H channels of a head, P = H/2.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,15 +20,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from helios_core.config import TransformerConfig
-from helios_core.transformer.rope import rotate
+from helios_core.transformer.attention import attend
+from helios_core.transformer.kernels import Affine, Quantised, add, add_norm, norm, rms_norm, write_heads
 
 MAX_PERIOD = 10000  # ratio of the slowest to the fastest wave of the timestep embedding
-
-
-def modulate(x_BLD: Tensor, shift_11D: Tensor, scale_11D: Tensor, eps: float) -> Tensor:
-    """Layer norm without weights, then scale and shift: in fp32, rounded once to the dtype of `x_BLD`."""
-    normed = F.layer_norm(x_BLD.float(), x_BLD.shape[-1:], eps=eps)
-    return (normed * (1 + scale_11D) + shift_11D).to(x_BLD.dtype)
 
 
 def modulation_table(rows: int, dim: int) -> nn.Parameter:
@@ -37,6 +33,22 @@ def modulation_table(rows: int, dim: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(1, rows, dim).uniform_(-bound, bound))
 
 
+class JoinedLinear(nn.Module):
+    """Linear layers with the same input as one: their results side by side."""
+
+    def __init__(self, *linears: nn.Linear) -> None:
+        super().__init__()
+        self.weight_ED = torch.cat([linear.weight.detach() for linear in linears])
+        self.bias_E = torch.cat([linear.bias.detach() for linear in linears])
+        sizes = [linear.out_features for linear in linears]
+        for linear, weight, bias in zip(linears, self.weight_ED.split(sizes), self.bias_E.split(sizes), strict=True):
+            linear.weight.data, linear.bias.data = weight, bias
+
+    def forward(self, x_BLD: Tensor, skip: int = 0) -> Tensor:
+        """Without the first `skip` channels of the result."""
+        return F.linear(x_BLD, self.weight_ED[skip:], self.bias_E[skip:])
+
+
 class Attention(nn.Module):
     """The projections of multi-head attention. Queries and keys are RMS-normed over all heads together."""
 
@@ -44,27 +56,54 @@ class Attention(nn.Module):
         super().__init__()
         dim = config.hidden_dim
         self.heads = config.num_attention_heads
+        self.eps = config.eps
         self.to_q = nn.Linear(dim, dim)
         self.to_k = nn.Linear(dim, dim)
         self.to_v = nn.Linear(dim, dim)
         self.norm_q = nn.RMSNorm(dim, config.eps)
         self.norm_k = nn.RMSNorm(dim, config.eps)
         self.to_out = nn.Sequential(nn.Linear(dim, dim))
+        self.to_qkv: nn.Module | None = None  # the three at once: what `join` or `to_fp8` makes of them
 
-    def queries(self, x_BLD: Tensor) -> Tensor:
-        """[B, L, N, H]"""
-        return self._split(self.norm_q(self.to_q(x_BLD)))
+    def join(self) -> None:
+        """Lays the weights of queries, keys and values side by side, so that one product makes all three.
+
+        The three parameters become views of one tensor, so no memory is added. For weights that are in place.
+        """
+        self.to_qkv = JoinedLinear(self.to_q, self.to_k, self.to_v)
+
+    def write_heads(
+        self,
+        x_BLD: Tensor | Quantised,
+        rope_2L1P: Tensor,
+        keys_BLNH: Tensor,
+        values_BLNH: Tensor,
+        *,
+        look: bool = True,
+    ) -> Tensor | None:
+        """Puts the tokens' keys and values, turned by their places, into the last two; their queries, if they `look`
+        at others: [B, L, N, H]."""
+        if self.to_qkv is None:
+            linears = (self.to_q, self.to_k, self.to_v) if look else (self.to_k, self.to_v)
+            projected_BLE = torch.cat([linear(x_BLD) for linear in linears], dim=-1)
+        else:
+            projected_BLE = self.to_qkv(x_BLD, skip=0 if look else keys_BLNH.shape[2:].numel())
+        gain_q, gain_k = self.norm_q.weight, self.norm_k.weight
+        return write_heads(projected_BLE, gain_q, gain_k, rope_2L1P, self.eps, keys_BLNH, values_BLNH)
+
+    def queries(self, x_BLD: Tensor | Quantised) -> Tensor:
+        """Of cross-attention, which knows no places: [B, L, N, H]."""
+        return self._split(rms_norm(self.to_q(x_BLD), self.norm_q.weight, self.eps))
 
     def keys_values(self, x_BLD: Tensor) -> tuple[Tensor, Tensor]:
-        """Two of [B, L, N, H]; values are not normed."""
-        return self._split(self.norm_k(self.to_k(x_BLD))), self._split(self.to_v(x_BLD))
+        """Of cross-attention, two of [B, L, N, H]; values are not normed."""
+        k_BLD = rms_norm(self.to_k(x_BLD), self.norm_k.weight, self.eps)
+        return self._split(k_BLD), self._split(self.to_v(x_BLD))
 
     def forward(self, q_BLNH: Tensor, k_BSNH: Tensor, v_BSNH: Tensor) -> Tensor:
         """Every query sees every key. [B, L, D], B that of the keys; queries of batch 1 serve them all."""
-        q_BLNH = q_BLNH.expand(len(k_BSNH), -1, -1, -1)
-        q, k, v = (heads.transpose(1, 2) for heads in (q_BLNH, k_BSNH, v_BSNH))
-        out_BNLH = F.scaled_dot_product_attention(q, k, v)
-        out_BLD: Tensor = self.to_out(out_BNLH.transpose(1, 2).flatten(2))
+        out_BLNH = attend(q_BLNH.expand(len(k_BSNH), -1, -1, -1), k_BSNH, v_BSNH)
+        out_BLD: Tensor = self.to_out(out_BLNH.flatten(2))
         return out_BLD
 
     def _split(self, x_BLD: Tensor) -> Tensor:
@@ -81,19 +120,17 @@ class FeedForward(nn.Module):
         proj = nn.Sequential(OrderedDict(proj=nn.Linear(dim, hidden_dim)))
         self.net = nn.Sequential(proj, nn.GELU("tanh"), nn.Linear(hidden_dim, dim))
 
-    def forward(self, x_BLD: Tensor) -> Tensor:
+    def forward(self, x_BLD: Tensor | Quantised) -> Tensor:
         out_BLD: Tensor = self.net(x_BLD)
         return out_BLD
 
 
 class Modulation(NamedTuple):
-    """A timestep as one block sees it, for self-attention (1) and feed-forward (2); each [1, 1, D], fp32."""
+    """A timestep as one block sees it, for self-attention (1) and feed-forward (2). Gates are [D], fp32."""
 
-    shift1: Tensor
-    scale1: Tensor
+    norm1: Affine
     gate1: Tensor
-    shift2: Tensor
-    scale2: Tensor
+    norm2: Affine
     gate2: Tensor
 
 
@@ -109,21 +146,23 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, config.eps)
         self.ffn = FeedForward(config)
         self.scale_shift_table = modulation_table(6, dim)
+        # What makes the inputs of the linear layers; `to_fp8` takes those that make them in FP8.
+        self.norm: Callable[..., Tensor | Quantised] = norm
+        self.add_norm: Callable[..., tuple[Tensor, Tensor | Quantised]] = add_norm
 
-    def modulation(self, time_16D: Tensor) -> Modulation:
-        """`time_16D`: a timestep's rows from `TimeTextEmbedding`."""
-        return Modulation(*(self.scale_shift_table + time_16D.float()).chunk(6, dim=1))
-
-    def project(self, x_BLD: Tensor, m: Modulation, rope_2L1P: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of self-attention, each [B, L, N, H]."""
-        a_BLD = modulate(x_BLD, m.shift1, m.scale1, self.eps)
-        k_BLNH, v_BLNH = self.attn1.keys_values(a_BLD)
-        return rotate(self.attn1.queries(a_BLD), rope_2L1P), rotate(k_BLNH, rope_2L1P), v_BLNH
-
-    def project_keys_values(self, x_BLD: Tensor, m: Modulation, rope_2L1P: Tensor) -> tuple[Tensor, Tensor]:
-        """`project` for tokens that are seen but do not look."""
-        k_BLNH, v_BLNH = self.attn1.keys_values(modulate(x_BLD, m.shift1, m.scale1, self.eps))
-        return rotate(k_BLNH, rope_2L1P), v_BLNH
+    def project(
+        self,
+        x_BLD: Tensor,
+        m: Modulation,
+        rope_2L1P: Tensor,
+        keys_BLNH: Tensor,
+        values_BLNH: Tensor,
+        *,
+        look: bool = True,
+    ) -> Tensor | None:
+        """Self-attention's `Attention.write_heads`."""
+        a_BLD = self.norm(x_BLD, m.norm1, self.eps)
+        return self.attn1.write_heads(a_BLD, rope_2L1P, keys_BLNH, values_BLNH, look=look)
 
     def update(
         self,
@@ -136,12 +175,14 @@ class Block(nn.Module):
 
         Tokens of batch 1 take on the batch of what they see.
         """
-        c = x_BLD.dtype
-        x_BLD = (x_BLD.float() + self.attn1(*heads) * m.gate1).to(c)
+        update_BLD = self.attn1(*heads)
+        gate: Tensor | None = m.gate1
         if text is not None:
-            x_BLD = x_BLD + self.attn2(self.attn2.queries(self.norm2(x_BLD.float()).to(c)), *text)
-        f_BLD: Tensor = self.ffn(modulate(x_BLD, m.shift2, m.scale2, self.eps))
-        return (x_BLD.float() + f_BLD * m.gate2).to(c)
+            learnt = Affine(self.norm2.weight, self.norm2.bias, learnt=True)
+            x_BLD, a_BLD = self.add_norm(x_BLD, update_BLD, gate, learnt, self.eps)
+            update_BLD, gate = self.attn2(self.attn2.queries(a_BLD), *text), None
+        x_BLD, a_BLD = self.add_norm(x_BLD, update_BLD, gate, m.norm2, self.eps)
+        return add(x_BLD, self.ffn(a_BLD), m.gate2)
 
 
 class TimeTextEmbedding(nn.Module):
@@ -191,5 +232,5 @@ class OutputNorm(nn.Module):
         self.scale_shift_table = modulation_table(2, dim)
 
     def forward(self, x_BLD: Tensor, time_11D: Tensor) -> Tensor:
-        shift, scale = (self.scale_shift_table + time_11D).chunk(2, dim=1)
-        return modulate(x_BLD, shift, scale, self.eps)
+        shift, scale = (self.scale_shift_table + time_11D)[0]
+        return norm(x_BLD, Affine(1 + scale, shift), self.eps)

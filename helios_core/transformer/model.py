@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from helios_core.config import TransformerConfig
 from helios_core.transformer.history import CHUNK_NUMBERS, history_rope, history_tokens
+from helios_core.transformer.kernels import Affine
 from helios_core.transformer.layers import Block, Modulation, OutputNorm, TimeTextEmbedding
 from helios_core.transformer.rope import rope_table
 
@@ -99,14 +100,30 @@ class HeliosTransformer(nn.Module):
         )
         rope_2L1P = history_rope(self.config, height, width, self.device)
         _, clean = self._modulation(0)
-        first_heads = self.blocks[0].project(tokens_BLD, clean[0], rope_2L1P)
-        return ChunkContext(text, tokens_BLD, rope_2L1P, clean, first_heads)
+        keys, values = self._room(len(tokens_BLD), tokens_BLD.shape[1])
+        queries = self.blocks[0].project(tokens_BLD, clean[0], rope_2L1P, keys, values)
+        assert queries is not None
+        return ChunkContext(text, tokens_BLD, rope_2L1P, clean, (queries, keys, values))
 
-    def forward(self, latents_BCTHW: Tensor, timestep: Tensor | float | int, context: ChunkContext) -> Tensor:
+    def join(self) -> None:
+        """Makes the products of queries, keys and values one, see `Attention.join`: when the weights are in place."""
+        for block in self.blocks:
+            if block.attn1.to_qkv is None:
+                block.attn1.join()
+
+    def forward(
+        self,
+        latents_BCTHW: Tensor,
+        timestep: Tensor | float | int,
+        context: ChunkContext,
+        past: list[tuple[Tensor, Tensor]] | None = None,
+    ) -> Tensor:
         """The velocity at `latents_BCTHW`, in c.
 
         `latents_BCTHW`: [B, C, 9, h, w], h and w those of the stage; any floating dtype, rounded to c. `timestep`:
         one number in [0, 1000], whole or fractional, for the whole batch; a tensor lies on the CPU or on `device`.
+        `past`: an approximation. An empty list is filled with the history's keys and values in each block but the
+        first, [B, L, N, H]; a full one is taken in their place, though they would have seen other noisy tokens.
         Latents and history may have batch 1 where the text has more: the velocity is then that for each text.
         Raises ValueError if h or w is odd.
         """
@@ -115,20 +132,35 @@ class HeliosTransformer(nn.Module):
         rope = rope_table(self.config, CHUNK_NUMBERS, height, width, self.device)
         time_11D, modulation = self._modulation(timestep)
 
-        history, past_rope, clean = context.history_BLD, context.rope_2L1P, context.modulation
+        history = context.history_BLD
+        known = list(past or ())
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
-            q, k, v = block.project(noisy, modulation[i], rope)
+            batch, seen = max(len(noisy), len(history)), history.shape[1]
+            keys, values = self._room(batch, seen + noisy.shape[1])
+            past_queries = None
             if i == 0:
-                past_q, past_k, past_v = context.first_heads
-            elif i < last:
-                past_q, past_k, past_v = block.project(history, clean[i], past_rope)
+                past_queries = context.first_heads[0]
+                keys[:, :seen], values[:, :seen] = context.first_heads[1:]
+            elif known:
+                keys[:, :seen], values[:, :seen] = known[i - 1]
             else:  # after the last block nobody reads the history
-                past_k, past_v = block.project_keys_values(history, clean[i], past_rope)
-            k, v = _join(past_k, k), _join(past_v, v)
-            noisy = block.update(noisy, modulation[i], (q, k, v), context.text.keys_values[i])
-            if i < last:
-                history = block.update(history, clean[i], (past_q, k, v))
+                past_queries = block.project(
+                    history,
+                    context.modulation[i],
+                    context.rope_2L1P,
+                    keys[:, :seen],
+                    values[:, :seen],
+                    look=i < last,
+                )
+                if past is not None:
+                    past.append((keys[:, :seen].clone(), values[:, :seen].clone()))
+            queries = block.project(noisy, modulation[i], rope, keys[:, seen:], values[:, seen:])
+            assert queries is not None
+            noisy = block.update(noisy, modulation[i], (queries, keys, values), context.text.keys_values[i])
+            if i < last and not known:
+                assert past_queries is not None
+                history = block.update(history, context.modulation[i], (past_queries, keys, values))
 
         pt, ph, pw = self.config.patch_size
         velocity_BCTHW: Tensor = rearrange(
@@ -146,7 +178,20 @@ class HeliosTransformer(nn.Module):
     def _modulation(self, timestep: Tensor | float | int) -> tuple[Tensor, tuple[Modulation, ...]]:
         """The embedded timestep [1, 1, D], and what each block makes of it."""
         time_11D, time_16D = self.condition_embedder(timestep)
-        return time_11D, tuple(block.modulation(time_16D) for block in self.blocks)
+        rows_N6D = torch.cat([block.scale_shift_table for block in self.blocks]) + time_16D.float()
+        shift1, scale1, gate1, shift2, scale2, gate2 = rows_N6D.unbind(1)
+        by_block = zip(1 + scale1, shift1, gate1, 1 + scale2, shift2, gate2, strict=True)
+        return time_11D, tuple(
+            Modulation(Affine(gain1, shift1), gate1, Affine(gain2, shift2), gate2)
+            for gain1, shift1, gate1, gain2, shift2, gate2 in by_block
+        )
+
+    def _room(self, batch: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """For keys and for values, [B, L, N, H] in c, not yet written."""
+        config = self.config
+        shape = (batch, tokens, config.num_attention_heads, config.attention_head_dim)
+        keys, values = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+        return keys, values
 
     def _grid(self, latents_BCTHW: Tensor) -> tuple[int, int, int]:
         """Frames, rows and columns of the tokens of `latents_BCTHW`."""
@@ -155,11 +200,6 @@ class HeliosTransformer(nn.Module):
         if h % ph or w % pw:
             raise ValueError(f"latents of {h} rows and {w} columns are not whole patches of {ph} x {pw}")
         return t // pt, h // ph, w // pw
-
-
-def _join(past_BLNH: Tensor, noisy_BLNH: Tensor) -> Tensor:
-    """Keys or values of all tokens. The history's may still be of batch 1."""
-    return torch.cat([past_BLNH.expand(len(noisy_BLNH), -1, -1, -1), noisy_BLNH], dim=1)
 
 
 def _patch(config: TransformerConfig, scale: int) -> nn.Conv3d:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
+from helios_core.checkpoints import Checkpoint
 from helios_core.config import SchedulerConfig, UniPCConfig
 from helios_core.sampling.chunk import TEXT_CONTEXTS, ChunkSampler
 from helios_core.sampling.guidance import CFG_ZERO_STAR, CLASSIFIER_FREE, Guidance, classifier_free, zero_star
 from helios_core.sampling.schedule import Step, pyramid
-from helios_core.sampling.solvers import unipc
+from helios_core.sampling.solvers import SOLVERS, unipc
 from helios_core.state import StreamState
 from helios_core.text import TextEmbeddings
+from helios_core.transformer.model import HeliosTransformer
 
 BASE = UniPCConfig(stages=1, stage_range=(0.0, 1.0), use_dynamic_shifting=True)
 MID = UniPCConfig()
@@ -40,6 +43,7 @@ class Recorder:
     def __init__(self) -> None:
         self.texts: list[Tensor] = []  # that were embedded
         self.calls: list[tuple[tuple[int, ...], float]] = []  # size of the latents, timestep
+        self.pasts: list[list[float] | None] = []  # what was kept of earlier runs: here, their timesteps
 
     def text_context(self, text: Tensor) -> Tensor:
         self.texts.append(text)
@@ -49,8 +53,11 @@ class Recorder:
         assert len(anchor) == len(history) == 1
         return text
 
-    def __call__(self, latents: Tensor, timestep: float, context: Tensor) -> Tensor:
+    def __call__(self, latents: Tensor, timestep: float, context: Tensor, past: list[Any] | None = None) -> Tensor:
         assert len(latents) == 1
+        self.pasts.append(None if past is None else list(past))
+        if past == []:
+            past.append(timestep)
         self.calls.append((tuple(latents.shape[-2:]), timestep))
         return context.view(-1, 1, 1, 1, 1).expand(-1, *latents.shape[1:])
 
@@ -175,3 +182,40 @@ def test_texts_are_embedded_once_for_each_pair() -> None:
 def test_every_stage_needs_its_steps(scheduler: SchedulerConfig, steps: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=f"for each of {scheduler.stages} stages"):
         sampler(scheduler).sample(text(0), start(), steps)
+
+
+def test_when_the_history_is_computed_again() -> None:
+    steps = (2, 3, 1)
+    for refresh, runs in {"step": [], "stage": [0, 2, 5], "chunk": [0]}.items():
+        one = ChunkSampler(Recorder(), MID, unipc, CLASSIFIER_FREE, refresh)  # type: ignore[arg-type]
+        one.sample(text(0), start(), steps)
+        assert isinstance(one.model, Recorder)
+        clock = [timestep for _, timestep in one.model.calls]
+        computed = [i for i, past in enumerate(one.model.pasts) if past == []]
+        assert computed == runs
+        for i, past in enumerate(one.model.pasts):
+            if past:  # is that of the last computation
+                assert past == [clock[max(k for k in runs if k < i)]]
+        assert (None in one.model.pasts) == (refresh == "step")
+
+
+@pytest.mark.parametrize("variant", ["base", "mid", "distilled"])
+def test_a_chunk_waits_for_nothing_but_its_end(variant: str) -> None:
+    """On the meta device there are no numbers: whatever wants to see one on the way is refused."""
+    checkpoint = Checkpoint.open("random" if variant == "distilled" else f"random-{variant}")
+    kind = checkpoint.card.variant
+    with torch.device("meta"):
+        model = HeliosTransformer(checkpoint.transformer).requires_grad_(False)
+    guidance = CFG_ZERO_STAR if kind.is_cfg_zero_star else CLASSIFIER_FREE
+    one = ChunkSampler(model, checkpoint.scheduler, SOLVERS[kind.scheduler_class], guidance)
+    prompt = TextEmbeddings.of(draw(3, checkpoint.transformer.text_dim, seed=0))
+    state = StreamState(0, torch.zeros(1, 16, 19, 8, 16), None, torch.Generator().manual_seed(7).get_state())
+    ran: list[int] = []
+    with mock.patch.object(StreamState, "after", lambda state, latents, generator: latents):  # the one look
+        latents: Any = one.sample(
+            prompt, state, (3,) * kind.stages, negative=prompt, guidance_scale=kind.guidance_scale, on_step=ran.append
+        )
+    assert latents.device.type == "meta" and latents.shape == (1, 16, 9, 8, 16)
+    assert len(ran) >= 3 * kind.stages - guidance.zero_steps
+    with pytest.raises(NotImplementedError, match="no data"):
+        latents.cpu()
