@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export PROMPT ?= a red sun over a blue sea, drifting left
 
-.PHONY: demo serve test check format figures faults demo-scores demo-checkpoint
+.PHONY: demo serve test check format figures faults demo-scores fidelity demo-checkpoint
 
 demo: $(VENV)/run.stamp  ## start the service, stream one video into video.mp4, stop
 	$(BIN)/helios demo "$$PROMPT" -o video.mp4
@@ -33,6 +33,9 @@ figures: $(VENV)/dev.stamp  ## every measured figure of the README, measured aga
 
 demo-scores: $(VENV)/run.stamp  ## how often the demo model does what it is asked: the README's table of scores
 	$(BIN)/python -m helios_core.demo.evaluate
+
+fidelity: $(VENV)/run.stamp  ## how near the approximate samplers come to the exact one, on the demo model
+	$(BIN)/python -m helios_core.demo.fidelity --json benchmarks/fidelity.json
 
 # glibc must keep what was freed: without these, steps take twice as long.
 demo-checkpoint: export MALLOC_MMAP_THRESHOLD_ = 33554432

@@ -25,7 +25,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from deployments import store_check, videos_cli
 from deployments.keys import app as keys_cli
 from deployments.videos_cli import check_writable
-from helios_core.config import CHUNK_FRAMES
+from helios_core.config import CHUNK_FRAMES, Approximations, HistoryRefresh
 from helios_core.demo.words import vocabulary
 from helios_core.errors import HeliosError, InvalidInput
 from helios_core.spec import PromptAt, VideoRequest
@@ -108,6 +108,11 @@ def generate(
     ] = None,
     device: str = "auto",
     dtype: str = "auto",
+    fp8: Annotated[bool, typer.Option("--fp8", help="products in 8 bits: faster on Hopper, less exact")] = False,
+    history_refresh: Annotated[
+        HistoryRefresh,
+        typer.Option(help="compute the history at each step, or once a stage or chunk: faster, less exact"),
+    ] = "step",
     save_latents: Annotated[Path | None, typer.Option(help="also write the latents, as safetensors")] = None,
 ) -> None:
     """Make one video without a service. The file grows chunk by chunk and can be played while it does."""
@@ -141,7 +146,8 @@ def generate(
     spec = VideoRequest(prompt, **settings).check(card)  # before minutes go into loading weights
     if note := card.note(*spec.texts):
         console.print(f"note: {note}", style="yellow", markup=False)
-    chunks = Helios.load(model, device, dtype).stream(prompt, image=image, video=video, **settings)
+    helios = Helios.load(model, device, dtype, approximations=Approximations(fp8, history_refresh))
+    chunks = helios.stream(prompt, image=image, video=video, **settings)
     latents = []
     with output.open("wb") as file, progress_bar() as progress:
         task = progress.add_task("", total=spec.frames, chunk=0, chunks=spec.chunks, rate=0.0, real_time=0.0)

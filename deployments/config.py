@@ -10,6 +10,7 @@ import pydantic
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
+from helios_core.config import Approximations, HistoryRefresh
 from helios_core.errors import HeliosError
 from helios_core.media.read import MediaLimits
 from helios_core.spec import Limits
@@ -60,9 +61,16 @@ class ModelPool(VaePool):
 
 
 class SamplerPool(ModelPool):
-    """`min_chunk_seconds`: for tests, how long a chunk takes at least, spread over its steps."""
+    """`fp8`, `history_refresh`: what may be computed less exactly, see Approximations; `min_chunk_seconds`: for tests,
+    how long a chunk takes at least, spread over its steps."""
 
+    fp8: bool = False
+    history_refresh: HistoryRefresh = "step"
     min_chunk_seconds: float = Field(0.0, ge=0)
+
+    @property
+    def approximations(self) -> Approximations:
+        return Approximations(self.fp8, self.history_refresh)
 
 
 class ModelSettings(Settings):

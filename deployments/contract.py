@@ -126,7 +126,7 @@ ANSWERS: dict[str, Schema] = {
         prompts=list_of(ref("PromptChange")),
         note=null_or({**TEXT, "description": "which prompts have no word that the model knows"}),
         origin=null_or(thing(how={"enum": ["extend", "fork", "remix"]}, video_id=ID, chunks=WHOLE)),
-        runs=list_of(thing(version=TEXT, device=TEXT, from_chunk=WHOLE)),
+        runs=list_of(thing(version=TEXT, device=TEXT, approximations=list_of(TEXT), from_chunk=WHOLE)),
         usage=thing(chunks=WHOLE, steps=WHOLE, sampler_seconds=NUMBER, queue_seconds=NUMBER),
     ),
     "PromptChange": thing(chunk=WHOLE, at_seconds=NUMBER, prompt=TEXT, transition_chunks=WHOLE),

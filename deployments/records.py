@@ -48,10 +48,12 @@ class Timings(Record):
 
 
 class Run(Record):
-    """Under what the chunks of a video were made, from one on. `version`: of this package; `device`: the sampler's."""
+    """Under what the chunks of a video were made, from one on. `version`: of this package; `device`: the sampler's;
+    `approximations`: what it computed less exactly, by Approximations.names."""
 
     version: str
     device: str
+    approximations: tuple[str, ...] = ()
     from_chunk: int
 
 

@@ -37,8 +37,9 @@ class Sampler:
         device, dtype = placement(pool.device, pool.dtype)
         checkpoint = Checkpoint.open(source)
         self._vae_config = checkpoint.vae
-        self._sampler = checkpoint.load_sampler(device, dtype)
+        self._sampler = checkpoint.load_sampler(device, dtype, pool.approximations)
         self._device = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        self._approximations = pool.approximations.names
         self._min_chunk_seconds = pool.min_chunk_seconds
         self._store = Store(config.store, config.store_patience_s)
         self._tracer = Tracer("sampler", config.trace_file)
@@ -112,7 +113,7 @@ class Sampler:
                     raise
                 seconds = time.perf_counter() - clock
         yield after
-        run = Run(version=VERSION, device=self._device, from_chunk=index)
+        run = Run(version=VERSION, device=self._device, approximations=self._approximations, from_chunk=index)
         yield SampleReport(steps=done, started_at=started_at, seconds=seconds, run=run)
 
     async def _fetched(self, kind: Any, value: Any) -> Any:

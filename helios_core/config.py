@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from helios_core.errors import CheckpointError
+from helios_core.errors import CheckpointError, InvalidInput
 
 CHUNK_LATENTS = 9  # latent frames per chunk
 CHUNK_FRAMES = 33  # pixel frames per chunk: 1 for the first latent, 4 for each other
@@ -33,11 +33,15 @@ T = TypeVar("T")
 class Approximations:
     """What a sampler computes less exactly to be faster, each measured in PERFORMANCE.md. None is the default.
 
-    `fp8`: matrix products in 8 bits (transformer/fp8.py).
+    `fp8`: matrix products in 8 bits (transformer/fp8.py). Raises InvalidInput for an unknown `history_refresh`.
     """
 
     fp8: bool = False
     history_refresh: HistoryRefresh = "step"
+
+    def __post_init__(self) -> None:
+        if self.history_refresh not in (allowed := typing.get_args(HistoryRefresh)):
+            raise InvalidInput("history_refresh", self.history_refresh, f"one of {', '.join(allowed)}")
 
     @property
     def names(self) -> tuple[str, ...]:

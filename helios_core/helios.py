@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from helios_core.checkpoints import Checkpoint, placement, use_threads
 from helios_core.conditioning import state_from_image, state_from_video
-from helios_core.config import CHUNK_FRAMES, NATIVE_FPS
+from helios_core.config import CHUNK_FRAMES, EXACT, NATIVE_FPS, Approximations
 from helios_core.errors import InvalidInput
 from helios_core.media.read import TAIL_CHUNKS, Clip, read_clip, read_image
 from helios_core.sampling.chunk import ChunkSampler, OnStep
@@ -62,7 +62,14 @@ class Helios:
         self.text_encoder, self.sampler, self.vae = text_encoder, sampler, vae
 
     @classmethod
-    def load(cls, model: str = "demo", device: str = "auto", dtype: str = "auto", threads: int | None = None) -> Helios:
+    def load(
+        cls,
+        model: str = "demo",
+        device: str = "auto",
+        dtype: str = "auto",
+        threads: int | None = None,
+        approximations: Approximations = EXACT,
+    ) -> Helios:
         """Loads a known name, a folder in the official layout, or a hub id. Sets the process's torch threads.
 
         Raises CheckpointError for a model that cannot be loaded, InvalidInput for an unknown device or dtype.
@@ -73,7 +80,7 @@ class Helios:
         return cls(
             checkpoint.card,
             checkpoint.load_text_encoder(place, precision),
-            checkpoint.load_sampler(place, precision),
+            checkpoint.load_sampler(place, precision, approximations),
             checkpoint.load_vae(place),
         )
 
