@@ -9,24 +9,28 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeVar
 
 import safetensors
 import torch
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, RepoFile, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import nn
 
 from helios_core.config import (
+    CHUNK_LATENTS,
     EXACT,
+    HISTORY_LATENTS,
     SCHEDULERS,
+    TEXT_TOKENS,
     VARIANTS,
     Approximations,
     SchedulerConfig,
@@ -39,7 +43,8 @@ from helios_core.config import (
 from helios_core.demo.stand_in import stand_in
 from helios_core.demo.words import vocabulary
 from helios_core.errors import CheckpointError, InvalidInput
-from helios_core.sampling.chunk import ChunkSampler
+from helios_core.memory import GB, check_room, peak_bytes, tensor_bytes
+from helios_core.sampling.chunk import TEXT_CONTEXTS, ChunkSampler
 from helios_core.sampling.guidance import CFG_ZERO_STAR, CLASSIFIER_FREE
 from helios_core.sampling.solvers import SOLVERS
 from helios_core.spec import ModelCard
@@ -169,9 +174,7 @@ class Checkpoint:
         if self.hub_id is not None:
             repository, _, commit = self.hub_id.partition("@")
             try:
-                with _hub_errors(self.hub_id):
-                    files = list(HfApi().list_repo_tree(repository, part, revision=commit))
-                    return [(Path(f.path).name, f.lfs.sha256) for f in files if f.path.endswith(".safetensors")]
+                return [(Path(each.path).name, each.lfs.sha256) for each in _listed(repository, part, commit)]
             except CheckpointError:
                 if not here:
                     raise
@@ -183,13 +186,14 @@ class Checkpoint:
     ) -> ChunkSampler:
         """The transformer in `dtype`, except for the parameters that the reference keeps in fp32, with its solver.
 
-        Raises CheckpointError also for sizes that FP8 cannot have.
+        Raises CheckpointError also for sizes that FP8 cannot have, and, before anything is read, if memory is short.
         """
         model, places = self._transformer()
 
         def dtype_of(name: str) -> torch.dtype:
             return torch.float32 if FP32_PARAMETERS.intersection(name.split(".")) else dtype
 
+        check_room("transformer", device, self._sampler_needs(model, device, dtype, dtype_of))
         _fill(model, places, device, dtype_of)
         if approximations.fp8:
             try:
@@ -206,14 +210,47 @@ class Checkpoint:
     def load_vae(self, device: torch.device) -> WanVae:
         """The VAE, in fp32 as the reference runs it."""
         model, places = self._vae()
+        weights = tensor_bytes(model.named_parameters(), lambda _: torch.float32)
+        width, height = self.card.default_size
+        scale = self.vae.scale_factor_spatial
+        latents = torch.empty(1, self.vae.z_dim, CHUNK_LATENTS, height // scale, width // scale, device="meta")
+        check_room("VAE", device, {"weights": weights, **self._work(device, lambda: model.decode(latents))})
         _fill(model, places, device, lambda _: torch.float32)
         return model
 
     def load_text_encoder(self, device: torch.device, dtype: torch.dtype) -> TextEncoder:
         """UMT5's encoder in `dtype`, and its tokenizer."""
         model, places, tokenizer = self._text_encoder()
+        check_room("text encoder", device, {"weights": tensor_bytes(model.named_parameters(), lambda _: dtype)})
         _fill(model, places, device, lambda _: dtype)
         return TextEncoder(tokenizer, model)
+
+    def _sampler_needs(
+        self, model: HeliosTransformer, device: torch.device, dtype: torch.dtype, dtype_of: Callable[[str], torch.dtype]
+    ) -> dict[str, int]:
+        """Bytes by purpose. The work is that of the last stage at the model's own size."""
+        config, scale = self.transformer, self.vae.scale_factor_spatial
+        width, height = (side // scale for side in self.card.default_size)
+        batch = 2 if self.card.variant.guidance_scale > 1 else 1
+
+        def forward() -> None:
+            """Of two blocks: the others come after them, in the same room."""
+            with torch.device("meta"):
+                short = HeliosTransformer(replace(config, num_layers=2)).requires_grad_(False).to(dtype)
+                past = torch.empty(1, config.in_channels, 1 + HISTORY_LATENTS, height, width)
+                text = short.text_context(torch.empty(batch, TEXT_TOKENS, config.text_dim))
+                context = short.begin_chunk(past[:, :, :1], past[:, :, 1:], text)
+                short(torch.empty(1, config.in_channels, CHUNK_LATENTS, height, width), 0.0, context)
+
+        return {
+            "weights": tensor_bytes(model.named_parameters(), dtype_of),
+            "texts": TEXT_CONTEXTS * batch * config.num_layers * 2 * TEXT_TOKENS * config.hidden_dim * dtype.itemsize,
+            **self._work(device, forward),
+        }
+
+    def _work(self, device: torch.device, run: Callable[[], object]) -> dict[str, int]:
+        """The room that `run` takes on a GPU. Elsewhere it is left out: the first rehearsal takes seconds to import."""
+        return {"work at {}x{}".format(*self.card.default_size): peak_bytes(run)} if device.type == "cuda" else {}
 
     def _transformer(self) -> tuple[HeliosTransformer, Places]:
         folder = self._part("transformer")
@@ -298,12 +335,15 @@ def use_threads(threads: int | None = None) -> None:
 def download(model: str) -> Path:
     """Fetches what inference needs of a known name or hub id into the hub's cache; the folder.
 
-    Raises CheckpointError if the id does not exist or cannot be reached and is not in the cache.
+    Raises CheckpointError if the id does not exist or cannot be reached and is not in the cache, or if it would not fit
+    on the disk: then nothing is fetched.
     """
     known = KNOWN_MODELS.get(model)
     source = known.source() if known else model
     if _is_folder(source):
         return Path(source)
+    folder = _fetch(source, CONFIGURATION)
+    _check_disk(model, source.partition("@")[0], folder)
     return _fetch(source, CONFIGURATION + [f"{part}/*.safetensors" for part in PARTS])
 
 
@@ -317,6 +357,28 @@ def _fetch(model: str, patterns: list[str]) -> Path:
             return Path(snapshot_download(hub_id, revision=revision or None, allow_patterns=patterns))
         except HFValidationError:
             raise CheckpointError(unknown) from None
+
+
+def _check_disk(model: str, repository: str, folder: Path) -> None:
+    """Raises CheckpointError if the weights that `folder`, a commit in the cache, still lacks do not fit beside it."""
+    try:
+        weights = [each for part in PARTS for each in _listed(repository, part, folder.name)]
+    except CheckpointError:
+        return  # out of reach: what there is in the cache will be taken
+    missing = sum(each.size for each in weights if not (folder / each.path).exists())
+    free = shutil.disk_usage(folder).free
+    if missing > free:
+        raise CheckpointError(
+            f"model {model!r} needs {missing / GB:.1f} GB in {folder.parent}, where {free / GB:.1f} GB are free: "
+            f"{(missing - free) / GB:.1f} GB are missing"
+        )
+
+
+def _listed(repository: str, part: str, commit: str) -> list[RepoFile]:
+    """The weight files of one part, as the hub lists them. Raises CheckpointError if it is out of reach."""
+    with _hub_errors(f"{repository}@{commit}"):
+        files = HfApi().list_repo_tree(repository, part, revision=commit)
+        return [each for each in files if isinstance(each, RepoFile) and each.path.endswith(".safetensors")]
 
 
 def _sha256(path: Path) -> str:

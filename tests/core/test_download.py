@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -47,6 +48,7 @@ class Hub:
     folder: Path
     url: str = ""
     hangs_up: bool = False
+    claimed: int | None = None  # bytes that it says each file has
     fetched: list[str] = field(default_factory=list)
 
     def answer(self, path: str) -> bytes | None:
@@ -64,7 +66,8 @@ class Hub:
     def entry(self, path: str) -> dict[str, object]:
         data = (self.folder / path).read_bytes()
         lfs = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
-        entry = {"type": "file", "path": path, "size": len(data), "oid": path}
+        size = len(data) if self.claimed is None else self.claimed
+        entry = {"type": "file", "path": path, "size": size, "oid": path}
         return {**entry, "lfs": lfs} if path.endswith(".safetensors") else entry
 
     @property
@@ -193,3 +196,12 @@ def test_server_that_hangs_up(hub: Hub, tmp_path: Path) -> None:
     line = error_line(download(REPO, hub.url, tmp_path / "home"))
     assert REPO in line
     assert "disconnected" in line
+
+
+def test_a_model_that_would_not_fit_on_the_disk(hub: Hub, tmp_path: Path) -> None:
+    hub.claimed = 10**15
+    run = download(REPO, hub.url, tmp_path / "home")
+    *_, line = run.stderr.strip().splitlines()  # after the progress of the configuration's files
+    assert run.returncode == 1
+    assert re.search(r"needs \d{7}\.\d GB in .*snapshots, where \d+\.\d GB are free: \d{6,7}\.\d GB are missing", line)
+    assert not [path for path in hub.fetched if path.endswith(".safetensors")]

@@ -1,0 +1,93 @@
+"""What a model needs in memory, and that it is refused where there is less."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from helios_core.checkpoints import Checkpoint
+from helios_core.config import TransformerConfig, VaeConfig
+from helios_core.errors import CheckpointError
+from helios_core.memory import check_room, free_bytes, peak_bytes
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+MB = 2**20
+
+
+def test_what_work_holds_at_once() -> None:
+    def meta(size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, device="meta")
+
+    def work() -> None:
+        first = meta(5 * MB)
+        part = first[: 2 * MB]  # of the same storage
+        del first
+        second = meta(3 * MB)  # 8 MB
+        del part
+        third = torch.cat([second, second])  # 9 MB
+        third += 1
+        del second, third
+        meta(4 * MB)
+
+    gc.collect()
+    assert peak_bytes(work) == 9 * MB
+
+
+def test_what_is_free_is_told() -> None:
+    free = free_bytes(CPU)
+    assert free is not None
+    assert 100 * MB < free < 2**50
+
+
+def test_what_does_not_fit_is_refused_with_the_missing_figure() -> None:
+    with mock.patch("helios_core.memory.free_bytes", return_value=10 * 10**9):
+        check_room("VAE", CPU, {"weights": 10 * 10**9})
+        with pytest.raises(CheckpointError) as refused:
+            check_room("transformer", GPU, {"weights": 28_700_000_000, "texts": 1_700_000_000, "none": 0})
+    assert str(refused.value) == (
+        "the transformer needs 31.5 GB on cuda (weights 28.7, texts 1.7, spare 1.1), where 10.0 GB are free: "
+        "21.5 GB are missing"
+    )
+
+
+@pytest.mark.parametrize("part", ["transformer", "VAE", "text encoder"])
+def test_nothing_is_read_where_there_is_no_room(part: str) -> None:
+    checkpoint = Checkpoint.open("random")
+    load: Any = {
+        "transformer": lambda: checkpoint.load_sampler(CPU, torch.float32),
+        "VAE": lambda: checkpoint.load_vae(CPU),
+        "text encoder": lambda: checkpoint.load_text_encoder(CPU, torch.float32),
+    }[part]
+    with (
+        mock.patch("helios_core.memory.free_bytes", return_value=1),
+        mock.patch("helios_core.checkpoints._fill") as fill,
+    ):
+        with pytest.raises(CheckpointError, match=f"the {part} needs .* GB are missing"):
+            load()
+        fill.assert_not_called()
+
+
+def test_what_the_official_model_needs_on_a_gpu() -> None:
+    """No GPU is asked for it: its memory is what is said here."""
+    tiny = Checkpoint.open("random")
+    card = dataclasses.replace(tiny.card, default_size=(640, 384))
+    official = dataclasses.replace(tiny, card=card, transformer=TransformerConfig(), vae=VaeConfig())
+    with torch.device("meta"):
+        from helios_core.transformer.model import FP32_PARAMETERS, HeliosTransformer
+
+        model = HeliosTransformer(official.transformer)
+
+    def dtype_of(name: str) -> torch.dtype:
+        return torch.float32 if FP32_PARAMETERS.intersection(name.split(".")) else torch.bfloat16
+
+    needs = official._sampler_needs(model, GPU, torch.bfloat16, dtype_of)
+    assert needs["weights"] == pytest.approx(28.7e9, rel=0.01)
+    assert needs["texts"] == 4 * 40 * 2 * 512 * 5120 * 2
+    # Tokens before and after a sum, keys and values of 11,040; of 8,640 twice the feed-forward's 13,824: 1.2 GB.
+    assert 1.0e9 < needs["work at 640x384"] < 1.6e9
