@@ -48,6 +48,7 @@ from helios_core.sampling.chunk import TEXT_CONTEXTS, ChunkSampler
 from helios_core.sampling.guidance import CFG_ZERO_STAR, CLASSIFIER_FREE
 from helios_core.sampling.solvers import SOLVERS
 from helios_core.spec import ModelCard
+from helios_core.state import StreamState
 from helios_core.text import TextEncoder
 from helios_core.transformer.fp8 import to_fp8
 from helios_core.transformer.model import FP32_PARAMETERS, KEY_ALIASES, HeliosTransformer
@@ -203,9 +204,12 @@ class Checkpoint:
         model.join()
         variant = self.card.variant
         guidance = CFG_ZERO_STAR if variant.is_cfg_zero_star else CLASSIFIER_FREE
-        return ChunkSampler(
+        sampler = ChunkSampler(
             model, self.scheduler, SOLVERS[variant.scheduler_class], guidance, approximations.history_refresh
         )
+        if device.type == "cuda":
+            sampler.warm_up(self.transformer.text_dim, self._blank_state(), variant.guidance_scale)
+        return sampler
 
     def load_vae(self, device: torch.device) -> WanVae:
         """The VAE, in fp32 as the reference runs it."""
@@ -224,6 +228,12 @@ class Checkpoint:
         check_room("text encoder", device, {"weights": tensor_bytes(model.named_parameters(), lambda _: dtype)})
         _fill(model, places, device, lambda _: dtype)
         return TextEncoder(tokenizer, model)
+
+    def _blank_state(self) -> StreamState:
+        """The start of a video of the model's own size."""
+        width, height = (side // self.vae.scale_factor_spatial for side in self.card.default_size)
+        nothing = torch.zeros(1, self.vae.z_dim, HISTORY_LATENTS, height, width)
+        return StreamState(0, nothing, None, torch.Generator().manual_seed(0).get_state())
 
     def _sampler_needs(
         self, model: HeliosTransformer, device: torch.device, dtype: torch.dtype, dtype_of: Callable[[str], torch.dtype]

@@ -108,6 +108,16 @@ class ChunkSampler:
             on_step=on_step,
         )
 
+    def warm_up(self, text_dim: int, state: StreamState, guidance_scale: float) -> None:
+        """Makes a chunk after `state` and forgets it, so that on a GPU the kernels for all shapes of this size are there.
+
+        Without it they are compiled and tuned while the first video waits: for seconds.
+        """
+        nothing = TextEmbeddings.of(torch.zeros(1, text_dim))
+        steps = (1 + self.guidance.zero_steps, *[1] * (len(pyramid(self.scheduler)) - 1))
+        self.sample(nothing, state, steps, negative=nothing, guidance_scale=guidance_scale)
+        self._contexts.clear()
+
     @torch.inference_mode()
     def _text_context(self, texts: list[TextEmbeddings]) -> Any:
         key = tuple(text.digest for text in texts)

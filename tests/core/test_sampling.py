@@ -219,3 +219,17 @@ def test_a_chunk_waits_for_nothing_but_its_end(variant: str) -> None:
     assert len(ran) >= 3 * kind.stages - guidance.zero_steps
     with pytest.raises(NotImplementedError, match="no data"):
         latents.cpu()
+
+
+@pytest.mark.parametrize("scheduler, guidance, solver", [(MID, CFG_ZERO_STAR, unipc), (BASE, CLASSIFIER_FREE, unipc)])
+def test_a_warm_up_sees_every_shape_and_leaves_nothing(
+    scheduler: SchedulerConfig, guidance: Guidance, solver: Any
+) -> None:
+    one = sampler(scheduler, guidance, solver)
+    one.warm_up(4, start(), 5.0)
+    assert isinstance(one.model, Recorder)
+    stages = len(pyramid(scheduler))
+    assert {size for size, _ in one.model.calls} == {(8 >> stage, 16 >> stage) for stage in range(stages)}
+    asked = len(one.model.texts)
+    one.sample(TextEmbeddings.of(torch.zeros(1, 4)), start(), (3,) * stages, negative=text(1), guidance_scale=5.0)
+    assert len(one.model.texts) == asked + 1
