@@ -109,7 +109,7 @@ class ChunkSampler:
         )
 
     def warm_up(self, text_dim: int, state: StreamState, guidance_scale: float) -> None:
-        """Makes a chunk after `state` and forgets it, so that on a GPU the kernels for all shapes of this size are there.
+        """Makes a chunk after `state` and forgets it, so that a GPU has the kernels for all shapes of this size.
 
         Without it they are compiled and tuned while the first video waits: for seconds.
         """
