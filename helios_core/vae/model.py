@@ -1,7 +1,7 @@
 """The Wan 2.1 VAE: video to latents and back, a few frames at a time.
 
-- Causal in time: a frame depends on itself and on earlier frames only. So latent frames are decoded one after
-  the other, and what the layers need of the past travels in a `Cache` that belongs to one encode or decode.
+- Causal in time: a frame depends on itself and on earlier frames only. So latent frames are decoded one or a few
+  after the other, and what the layers need of the past travels in a `Cache` that belongs to one encode or decode.
 - The first latent frame stands for 1 pixel frame, each later one for 4.
 - Attributes carry the names of the official checkpoint, odd ones too: they are its keys.
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -200,7 +201,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """[B, z_dim, 1, H', W'] to folded pixels [B, out_channels, T, H, W]: T = 1 at first, then 4."""
+    """[B, z_dim, T', H', W'] to folded pixels [B, out_channels, T, H, W]: T' = T = 1 at first, then T = 4 T'."""
 
     def __init__(self, config: VaeConfig) -> None:
         super().__init__()
@@ -268,16 +269,19 @@ class WanVae(nn.Module):
         mean, logvar = moments.chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)  # the reference's limits
 
-    def decode_frames(self, latents_BCTHW: Tensor) -> Iterator[Tensor]:
-        """The pixels of one latent frame after the other: first [B, 3, 1, H, W], then [B, 3, 4, H, W] each.
+    def decode_frames(self, latents_BCTHW: Tensor, per_pass: int = 1) -> Iterator[Tensor]:
+        """The pixels of the first latent frame, [B, 3, 1, H, W], then of `per_pass` each, [B, 3, 4 per_pass, H, W].
 
         `latents_BCTHW`: [B, z_dim, T, H/8, W/8], in the VAE's dtype and on its device. Pixels are in [-1, 1].
-        Work is done only as frames are asked for.
+        One per pass is what the reference does, and equal to its bits; more are the same sums, faster and up to
+        rounding the same. The last pass takes what is left. Work is done only as frames are asked for.
         """
         p = self.config.patch_size or 1
         cache: Cache = {}
-        for latent in self.post_quant_conv(latents_BCTHW).split(1, dim=2):
-            frames = self.decoder(latent, cache)
+        latents = self.post_quant_conv(latents_BCTHW)
+        starts = (0, *range(1, latents.shape[2], per_pass))
+        for start, end in pairwise((*starts, latents.shape[2])):
+            frames = self.decoder(latents[:, :, start:end], cache)
             frames = rearrange(frames, "b (c pw ph) t h w -> b c t (h ph) (w pw)", ph=p, pw=p)
             yield frames.clamp(-1.0, 1.0)
 

@@ -43,6 +43,18 @@ def test_decoding_frame_by_frame_equals_the_whole(vae: WanVae) -> None:
     assert torch.equal(torch.cat(frames, dim=2), vae.decode(z))
 
 
+@pytest.mark.parametrize("per_pass", [2, 3, 8])
+def test_more_latents_per_pass_give_the_same_frames(vae: WanVae, per_pass: int) -> None:
+    z = latents(seed=1, t=6)
+    frames = list(vae.decode_frames(z, per_pass))
+    assert [f.shape[2] for f in frames] == {2: [1, 8, 8, 4], 3: [1, 12, 8], 8: [1, 20]}[per_pass]
+    torch.testing.assert_close(torch.cat(frames, dim=2), vae.decode(z), rtol=0, atol=2e-6)
+
+
+def test_one_latent_is_one_frame(vae: WanVae) -> None:
+    assert [f.shape for f in vae.decode_frames(latents(seed=1, t=1), per_pass=2)] == [(1, 3, 1, 32, 48)]
+
+
 def test_interleaved_decodes_do_not_disturb_each_other(vae: WanVae) -> None:
     a, b = latents(seed=1, t=4), latents(seed=2, t=4)
     expected_a, expected_b = list(vae.decode_frames(a)), list(vae.decode_frames(b))
