@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
 
 from helios_core.config import VaeConfig
 from helios_core.vae.latents import decode_chunk, denormalise, normalise, to_uint8
-from helios_core.vae.model import WanVae
+from helios_core.vae.model import CausalConv3d, Downsample, ResidualBlock, Upsample, WanVae
 
 TINY = VaeConfig(base_dim=4, num_res_blocks=1)
 TINY_FOLDED = VaeConfig(
@@ -53,6 +55,24 @@ def test_more_latents_per_pass_give_the_same_frames(vae: WanVae, per_pass: int) 
 
 def test_one_latent_is_one_frame(vae: WanVae) -> None:
     assert [f.shape for f in vae.decode_frames(latents(seed=1, t=1), per_pass=2)] == [(1, 3, 1, 32, 48)]
+
+
+def test_channels_stay_last_from_layer_to_layer(vae: WanVae) -> None:
+    last = copy.deepcopy(vae)
+    last.lay_channels_last()
+    layers = [
+        layer for layer in last.modules() if isinstance(layer, CausalConv3d | ResidualBlock | Upsample | Downsample)
+    ]
+    lie_so = []
+    for layer in layers:
+        layer.register_forward_hook(
+            lambda _, __, x: lie_so.append(x.is_contiguous(memory_format=torch.channels_last_3d))
+        )
+    z, frames = latents(seed=1, t=3), video(seed=1, t=9)
+    torch.testing.assert_close(last.decode(z), vae.decode(z), rtol=0, atol=1e-5)
+    torch.testing.assert_close(last.encode(frames)[0], vae.encode(frames)[0], rtol=0, atol=1e-5)
+    assert len(lie_so) >= len(layers)
+    assert all(lie_so)
 
 
 def test_interleaved_decodes_do_not_disturb_each_other(vae: WanVae) -> None:
