@@ -10,7 +10,6 @@ Shapes: B batch, C channels, T frames, H rows, W columns; `x` in a forward is al
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 
@@ -20,6 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from helios_core.config import VaeConfig
+from helios_core.vae.norm import RMSNorm, rms_norm_silu
 
 # The last input frames of each causal convolution, by layer. Empty before the first frame.
 Cache = dict[nn.Module, Tensor]
@@ -63,17 +63,11 @@ class CausalConv3d(nn.Conv3d):
         return super().forward(padded)
 
 
-class RMSNorm(nn.Module):
-    """Scales each pixel's channel vector to length sqrt(dim), then each channel by gamma."""
-
-    def __init__(self, dim: int, pixel_dims: int = 3) -> None:
-        super().__init__()
-        self.scale = math.sqrt(dim)
-        self.gamma = nn.Parameter(torch.ones(dim, *[1] * pixel_dims))
-
-    def forward(self, x: Tensor) -> Tensor:
-        unit = F.normalize(x.float(), dim=1).to(x.dtype)
-        return unit * self.scale * self.gamma
+def norm_silu_convolve(norm: RMSNorm, conv: CausalConv3d, x: Tensor, cache: Cache) -> Tensor:
+    """`conv` of SiLU of `norm` of x, which is written where the convolution reads it."""
+    padded = conv.room(x, cache)
+    rms_norm_silu(x, norm.gamma, out=padded[:, :, conv.context :])
+    return conv.convolve(padded, cache)
 
 
 class ResidualBlock(nn.Module):
@@ -87,9 +81,9 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, cache: Cache) -> Tensor:
         shortcut: Tensor = self.conv_shortcut(x)
-        x = self.conv1(F.silu(self.norm1(x)), cache)
-        x = self.conv2(F.silu(self.norm2(x)), cache)
-        return x + shortcut
+        x = norm_silu_convolve(self.norm1, self.conv1, x, cache)
+        x = norm_silu_convolve(self.norm2, self.conv2, x, cache)
+        return x.add_(shortcut)
 
 
 class Attention(nn.Module):
@@ -213,7 +207,7 @@ class Encoder(nn.Module):
         for block in self.down_blocks:
             x = block(x, cache)
         x = self.mid_block(x, cache)
-        x = self.conv_out(F.silu(self.norm_out(x)), cache)
+        x = norm_silu_convolve(self.norm_out, self.conv_out, x, cache)
         return x
 
 
@@ -240,7 +234,7 @@ class Decoder(nn.Module):
         x = self.mid_block(x, cache)
         for block in self.up_blocks:
             x = block(x, cache)
-        x = self.conv_out(F.silu(self.norm_out(x)), cache)
+        x = norm_silu_convolve(self.norm_out, self.conv_out, x, cache)
         return x
 
 
