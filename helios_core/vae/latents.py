@@ -34,12 +34,12 @@ def to_uint8(frames_BCTHW: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def decode_chunk(vae: WanVae, latents_1C9HW: Tensor) -> Tensor:
-    """A chunk's normalised latents [1, C, 9, H/8, W/8] as frames: uint8 [33, H, W, 3] on the VAE's device.
+    """A chunk's normalised latents [1, C, 9, H/8, W/8], fp32, as frames: uint8 [33, H, W, 3] on the VAE's device.
 
     Each chunk is decoded on its own, as the reference does: its first latent gives one frame, not four.
     """
-    latents = latents_1C9HW.to(vae.device, vae.dtype)
-    return to_uint8(vae.decode(denormalise(latents, vae.config)))
+    latents = denormalise(latents_1C9HW.to(vae.device), vae.config).to(vae.decoder_dtype)
+    return to_uint8(vae.decode(latents))
 
 
 def _statistics(latents_BCTHW: Tensor, config: VaeConfig) -> tuple[Tensor, Tensor]:

@@ -260,7 +260,11 @@ class WanVae(nn.Module):
                 module.weight.data = module.weight.data.contiguous(memory_format=last)
 
     @property
-    def dtype(self) -> torch.dtype:
+    def encoder_dtype(self) -> torch.dtype:
+        return self.quant_conv.weight.dtype
+
+    @property
+    def decoder_dtype(self) -> torch.dtype:
         return self.post_quant_conv.weight.dtype
 
     @property
@@ -270,7 +274,7 @@ class WanVae(nn.Module):
     def encode(self, frames_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and logarithm of the variance of the latents, each [B, z_dim, 1 + n, H/8, W/8].
 
-        `frames_BCTHW`: [B, 3, 1 + 4n, H, W] in [-1, 1], in the VAE's dtype and on its device.
+        `frames_BCTHW`: [B, 3, 1 + 4n, H, W] in [-1, 1], in the encoder's dtype and on its device.
         Raises ValueError for another number of frames, and for H or W that are no multiple of 8.
         """
         _, _, t, h, w = frames_BCTHW.shape
@@ -290,7 +294,7 @@ class WanVae(nn.Module):
     def decode_frames(self, latents_BCTHW: Tensor, per_pass: int = 1) -> Iterator[Tensor]:
         """The pixels of the first latent frame, [B, 3, 1, H, W], then of `per_pass` each, [B, 3, 4 per_pass, H, W].
 
-        `latents_BCTHW`: [B, z_dim, T, H/8, W/8], in the VAE's dtype and on its device. Pixels are in [-1, 1].
+        `latents_BCTHW`: [B, z_dim, T, H/8, W/8], in the decoder's dtype and on its device. Pixels are in [-1, 1].
         One per pass is what the reference does, and equal to its bits; more are the same sums, faster and up to
         rounding the same. The last pass takes what is left. Work is done only as frames are asked for.
         """

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
+from helios_core import checkpoints
 from helios_core.config import VaeConfig
 from helios_core.vae.latents import decode_chunk, denormalise, normalise, to_uint8
 from helios_core.vae.model import CausalConv3d, Downsample, ResidualBlock, Upsample, WanVae
@@ -158,8 +160,27 @@ def test_pixels_become_rounded_bytes() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_chunk_becomes_33_frames(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    vae = WanVae(TINY).to(dtype)
+    vae = WanVae(TINY).requires_grad_(False)
+    for part in (vae.decoder, vae.post_quant_conv):
+        part.to(dtype)
+    assert (vae.encoder_dtype, vae.decoder_dtype) == (torch.float32, dtype)
     z = latents(seed=1, t=9)
     pixels = decode_chunk(vae, z)
     assert pixels.shape == (33, 32, 48, 3)
-    assert torch.equal(pixels, to_uint8(vae.decode(denormalise(z.to(dtype), TINY)).detach()))
+    assert torch.equal(pixels, to_uint8(vae.decode(denormalise(z, TINY).to(dtype))))
+
+
+def test_on_a_gpu_decoding_is_bf16_with_channels_last_and_encoding_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(model: WanVae, _: object, __: object, dtype_of: Callable[[str], torch.dtype]) -> None:
+        for name, parameter in model.named_parameters():
+            parameter.data = torch.empty_like(parameter, dtype=dtype_of(name))
+
+    monkeypatch.setattr(checkpoints, "_fill", fill)
+    vae = checkpoints.Checkpoint.open("demo").load_vae(torch.device("cuda"))
+    for parts, dtype in (
+        ((vae.encoder, vae.quant_conv), torch.float32),
+        ((vae.decoder, vae.post_quant_conv), torch.bfloat16),
+    ):
+        assert {p.dtype for part in parts for p in part.parameters()} == {dtype}
+    kernels = [p for p in vae.parameters() if p.dim() == 5]
+    assert all(kernel.is_contiguous(memory_format=torch.channels_last_3d) for kernel in kernels)
