@@ -33,7 +33,7 @@ from helios_core.spec import (
 )
 from helios_core.state import StreamState
 from helios_core.text import TextEncoder, blend
-from helios_core.vae.latents import decode_chunk
+from helios_core.vae.latents import decode_chunk, to_i420, to_uint8
 from helios_core.vae.model import WanVae
 
 T = TypeVar("T")
@@ -42,10 +42,14 @@ Input = str | PathLike[str] | NDArray[np.uint8]  # a file, or pixels
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """One finished chunk. `frames`: uint8 [T, H, W, 3] RGB, T = 33 or less for a cut last chunk; `state`: after it."""
+    """One finished chunk of T frames, 33 or less for a cut last one.
+
+    `frames`: RGB, uint8 [T, H, W, 3]; `yuv`: the same as I420, for `encode_fragment`; `state`: after it.
+    """
 
     index: int
     frames: NDArray[np.uint8]
+    yuv: NDArray[np.uint8]
     state: StreamState
 
 
@@ -142,8 +146,9 @@ class Helios:
                 guidance_scale=spec.guidance_scale,
                 on_step=on_step,
             )
-            frames = decode_chunk(self.vae, state.latents)
-            yield Chunk(k, frames[: spec.frames_of_chunk(k)].cpu().numpy(), state)
+            shown = spec.frames_of_chunk(k)
+            frames, yuv = decode_chunk(self.vae, state.latents, to_uint8, to_i420)
+            yield Chunk(k, frames[:shown], yuv[:shown], state)
 
 
 def _image(image: Input, spec: VideoSpec) -> NDArray[np.uint8]:
