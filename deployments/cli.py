@@ -153,7 +153,7 @@ def generate(
         task = progress.add_task("", total=spec.frames, chunk=0, chunks=spec.chunks, rate=0.0, real_time=0.0)
         made, start = 0, time.perf_counter()
         for chunk in chunks:
-            fragment = encode_fragment(chunk.frames, chunk_index=chunk.index, first_frame=made, fps=spec.fps)
+            fragment = encode_fragment(chunk.yuv, chunk_index=chunk.index, first_frame=made, fps=spec.fps)
             file.write((fragment.init if chunk.index == 0 else b"") + fragment.data)
             file.flush()
             made += fragment.frames

@@ -28,7 +28,7 @@ from helios_core.media.fragments import Fragment, encode_fragment, encode_jpeg
 from helios_core.media.read import read_clip, read_image
 from helios_core.spec import IMAGE_TO_VIDEO, VideoSpec
 from helios_core.state import StreamState
-from helios_core.vae.latents import decode_chunk
+from helios_core.vae.latents import decode_chunk, to_i420
 
 
 class VaeDecoder:
@@ -121,7 +121,8 @@ class VaeDecoder:
         begin = time.perf_counter()
         index = state.chunk_index - 1
         with self._tracer.span("decode", traceparent(render)):
-            frames = decode_chunk(self._vae, state.latents)[: spec.frames_of_chunk(index)].cpu().numpy()
+            (frames,) = decode_chunk(self._vae, state.latents, to_i420)
+            frames = frames[: spec.frames_of_chunk(index)]
         decoded = time.perf_counter()
         with self._tracer.span("encode", traceparent(render)):
             fragment = encode_fragment(

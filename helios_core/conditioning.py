@@ -103,7 +103,7 @@ def _frames(pixels_THWC: Pixels, vae: WanVae) -> Tensor:
         pixels_THWC = torch.from_numpy(np.array(pixels_THWC, order="C"))  # a copy: arrays from Ray are read-only
     unit = pixels_THWC.cpu().float() / 255
     frames: Tensor = rearrange(2 * unit - 1, "t h w c -> 1 c t h w")
-    return frames.contiguous().to(vae.device, vae.dtype)
+    return frames.contiguous().to(vae.device, vae.encoder_dtype)
 
 
 def _draw_latents(vae: WanVae, mean: Tensor, logvar: Tensor, generator: torch.Generator) -> Tensor:

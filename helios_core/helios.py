@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from helios_core.checkpoints import Checkpoint, placement, use_threads
@@ -33,7 +35,7 @@ from helios_core.spec import (
 )
 from helios_core.state import StreamState
 from helios_core.text import TextEncoder, blend
-from helios_core.vae.latents import decode_chunk
+from helios_core.vae.latents import decode_chunk, to_i420, to_uint8
 from helios_core.vae.model import WanVae
 
 T = TypeVar("T")
@@ -42,10 +44,14 @@ Input = str | PathLike[str] | NDArray[np.uint8]  # a file, or pixels
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """One finished chunk. `frames`: uint8 [T, H, W, 3] RGB, T = 33 or less for a cut last chunk; `state`: after it."""
+    """One finished chunk of T frames, 33 or less for a cut last one.
+
+    `frames`: RGB, uint8 [T, H, W, 3]; `yuv`: the same as I420, for `encode_fragment`; `state`: after it.
+    """
 
     index: int
     frames: NDArray[np.uint8]
+    yuv: NDArray[np.uint8]
     state: StreamState
 
 
@@ -60,6 +66,7 @@ class Helios:
     def __init__(self, card: ModelCard, text_encoder: TextEncoder, sampler: ChunkSampler, vae: WanVae) -> None:
         self.card = card
         self.text_encoder, self.sampler, self.vae = text_encoder, sampler, vae
+        self._sampling = threading.Lock()  # the sampler serves one stream at a time
 
     @classmethod
     def load(
@@ -104,6 +111,9 @@ class Helios:
     ) -> Iterator[Chunk]:
         """Yields the chunks of one video as they are made; together exactly round(seconds * fps) frames.
 
+        While a chunk is decoded and looked at, a thread samples the next one. There `on_step` is called; what it raises
+        comes out of the iterator. Closing the iterator ends the thread at the next step.
+
         `image` or `video`: what it begins with, as a file or as uint8 RGB of the video's size, [H, W, 3] or
         [T, H, W, 3] at 24 fps; `size`: "WIDTHxHEIGHT" in pixels; `seconds`: with None it goes on until nobody asks for
         more, an hour at most; `steps`: solver steps per stage, or `preset` by name; `prompts`: changes of the prompt on
@@ -139,18 +149,41 @@ class Helios:
     def _stream(self, spec: VideoSpec, start: Callable[[], StreamState], on_step: OnStep | None) -> Iterator[Chunk]:
         encode = functools.cache(self.text_encoder.encode)
         negative = encode(spec.negative_prompt) if spec.guided else None
-        state = start()
-        for k in range(spec.chunks):
-            state = self.sampler.sample(
-                blend([(encode(prompt), weight) for prompt, weight in spec.mix_of_chunk(k)]),
-                state,
-                spec.steps_of_chunk(k),
-                negative=negative,
-                guidance_scale=spec.guidance_scale,
-                on_step=on_step,
-            )
-            frames = decode_chunk(self.vae, state.latents)
-            yield Chunk(k, frames[: spec.frames_of_chunk(k)].cpu().numpy(), state)
+        closed = threading.Event()
+
+        def step(stage: int) -> None:
+            if closed.is_set():
+                raise CancelledError
+            if on_step is not None:
+                on_step(stage)
+
+        def sample(k: int, state: StreamState) -> StreamState:
+            text = blend([(encode(prompt), weight) for prompt, weight in spec.mix_of_chunk(k)])
+            with self._sampling:
+                return self.sampler.sample(
+                    text,
+                    state,
+                    spec.steps_of_chunk(k),
+                    negative=negative,
+                    guidance_scale=spec.guidance_scale,
+                    on_step=step,
+                )
+
+        # On a GPU decoding needs a stream of its own to overlap; None is the current one.
+        stream = torch.cuda.Stream(self.vae.device) if self.vae.device.type == "cuda" else None
+        with ThreadPoolExecutor(1, thread_name_prefix="sampler") as thread:
+            try:
+                sampling = thread.submit(sample, 0, start())
+                for k in range(spec.chunks):
+                    state = sampling.result()
+                    if k + 1 < spec.chunks:
+                        sampling = thread.submit(sample, k + 1, state)
+                    with torch.cuda.stream(stream):
+                        frames, yuv = decode_chunk(self.vae, state.latents, to_uint8, to_i420)
+                    shown = spec.frames_of_chunk(k)
+                    yield Chunk(k, frames[:shown], yuv[:shown], state)
+            finally:
+                closed.set()  # before `with` waits for the thread: of a chunk that nobody wants no further step is made
 
 
 def _image(image: Input, spec: VideoSpec) -> NDArray[np.uint8]:

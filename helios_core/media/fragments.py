@@ -6,7 +6,7 @@ ties the fragments together is two numbers in their boxes (ISO/IEC 14496-12): th
 This module knows nothing about latents, stores or videos.
 """
 
-# T = frames, H = height, W = width, C = red, green, blue
+# T = frames, H = height, W = width, R = H * 3 / 2 rows of an I420 frame: H of Y, then all of U, then all of V
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from fractions import Fraction
 import av
 import numpy as np
 import numpy.typing as npt
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
-from PIL import Image
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 
 from helios_core.errors import MediaError
 
@@ -36,44 +35,52 @@ class Fragment:
     frames: int
 
 
-def encode_fragment(frames_THWC: npt.NDArray[np.uint8], *, chunk_index: int, first_frame: int, fps: int) -> Fragment:
+def encode_fragment(frames_TRW: npt.NDArray[np.uint8], *, chunk_index: int, first_frame: int, fps: int) -> Fragment:
     """One chunk as H.264 (High, 4:2:0, BT.709 in TV range). The same frames give the same bytes in any process.
 
-    `frames_THWC`: RGB, uint8, [T, H, W, 3], T >= 1, H and W even; `chunk_index`: counted from 0;
-    `first_frame`: the number of frames of the video before this chunk; `fps`: frames per second.
+    `frames_TRW`: I420 (BT.709, TV range), uint8, [T, H * 3 / 2, W], T >= 1, H and W even, as
+    `helios_core.vae.latents.to_i420` makes them; `chunk_index`: counted from 0; `first_frame`: the number of frames of
+    the video before this chunk; `fps`: frames per second.
     Raises MediaError if the frames are something else or the encoder refuses them.
     """
-    _check(frames_THWC, chunk_index)
+    _check(frames_TRW, chunk_index)
     try:
-        muxed = _encode(frames_THWC, fps)
+        muxed = _encode(frames_TRW, fps)
     except av.FFmpegError as error:
-        raise MediaError(f"fragment {chunk_index}: frames of shape {frames_THWC.shape}: {error}") from error
+        raise MediaError(f"fragment {chunk_index}: frames of shape {frames_TRW.shape}: {error}") from error
     _ftyp, _moov, (_, moof, _), (_, _, mdat_end), _mfra = _boxes(muxed, 0, len(muxed))
     data = bytearray(muxed[moof:mdat_end])
     # Both boxes begin with a version byte and 3 bytes of flags. FFmpeg always writes tfdt as version 1: 64 bits.
     struct.pack_into(">I", data, _payload(data, b"moof", b"mfhd") + 4, chunk_index + 1)
     struct.pack_into(">Q", data, _payload(data, b"moof", b"traf", b"tfdt") + 4, first_frame * TICKS_PER_FRAME)
-    return Fragment(init=muxed[:moof], data=bytes(data), frames=len(frames_THWC))
+    return Fragment(init=muxed[:moof], data=bytes(data), frames=len(frames_TRW))
 
 
-def encode_jpeg(frame_HWC: npt.NDArray[np.uint8]) -> bytes:
-    """One frame, RGB, uint8 [H, W, 3], as a JPEG: a video's thumbnail."""
+def encode_jpeg(frame_RW: npt.NDArray[np.uint8]) -> bytes:
+    """One frame, I420 as above, as a JPEG: a video's thumbnail."""
     sink = io.BytesIO()
-    Image.fromarray(frame_HWC).save(sink, "JPEG", quality=85)
+    _frame(frame_RW).to_image().save(sink, "JPEG", quality=85)
     return sink.getvalue()
 
 
-def _check(frames_THWC: npt.NDArray[np.uint8], chunk_index: int) -> None:
-    shape, dtype = frames_THWC.shape, frames_THWC.dtype
+def _check(frames_TRW: npt.NDArray[np.uint8], chunk_index: int) -> None:
+    shape, dtype = frames_TRW.shape, frames_TRW.dtype
     if dtype != np.uint8:
         raise MediaError(f"fragment {chunk_index}: frames are {dtype}; allowed: uint8")
-    if len(shape) != 4 or shape[3] != 3 or shape[0] == 0:
-        raise MediaError(f"fragment {chunk_index}: frames have shape {shape}; allowed: [T, H, W, 3] with T >= 1")
-    if any(side == 0 or side % 2 for side in shape[1:3]):
-        raise MediaError(f"fragment {chunk_index}: frames are {shape[2]}x{shape[1]}; allowed: even sides")
+    if len(shape) != 3 or shape[0] == 0 or shape[1] % 3:
+        raise MediaError(f"fragment {chunk_index}: frames have shape {shape}; allowed: [T, H * 3 / 2, W] with T >= 1")
+    width, height = shape[2], shape[1] // 3 * 2
+    if width == 0 or height == 0 or width % 2:
+        raise MediaError(f"fragment {chunk_index}: frames are {width}x{height}; allowed: even sides")
 
 
-def _encode(frames_THWC: npt.NDArray[np.uint8], fps: int) -> bytes:
+def _frame(frame_RW: npt.NDArray[np.uint8]) -> av.VideoFrame:
+    frame = av.VideoFrame.from_ndarray(frame_RW, format="yuv420p")
+    frame.colorspace, frame.color_range = Colorspace.ITU709, ColorRange.MPEG
+    return frame
+
+
+def _encode(frames_TRW: npt.NDArray[np.uint8], fps: int) -> bytes:
     """A whole MP4 of one fragment: ftyp, moov, moof, mdat, mfra."""
     sink = io.BytesIO()
     # frag_custom: a fragment ends when it is told to, here at close, and so holds all frames of the chunk.
@@ -85,7 +92,7 @@ def _encode(frames_THWC: npt.NDArray[np.uint8], fps: int) -> bytes:
         # bf 0: with B-frames the first picture would start two frames late, as empty_moov allows no edit list.
         stream = container.add_stream("libx264", rate=fps, options={"preset": "veryfast", "crf": "20", "bf": "0"})
         encoder = stream.codec_context
-        encoder.height, encoder.width = frames_THWC.shape[1:3]
+        encoder.height, encoder.width = frames_TRW.shape[1] // 3 * 2, frames_TRW.shape[2]
         encoder.pix_fmt = "yuv420p"
         encoder.time_base = Fraction(1, fps)
         encoder.gop_size = 10**6  # one GOP per chunk
@@ -94,16 +101,8 @@ def _encode(frames_THWC: npt.NDArray[np.uint8], fps: int) -> bytes:
         encoder.colorspace = Colorspace.ITU709
         encoder.color_primaries = ColorPrimaries.BT709
         encoder.color_trc = ColorTrc.BT709
-        reformatter = VideoReformatter()
-        for i, frame_HWC in enumerate(frames_THWC):
-            # Named in full: the default conversion is BT.601, which players of untagged HD video take for BT.709.
-            frame = reformatter.reformat(
-                av.VideoFrame.from_ndarray(frame_HWC, format="rgb24"),
-                format="yuv420p",
-                dst_colorspace=Colorspace.ITU709,
-                dst_color_range=ColorRange.MPEG,
-                threads=1,
-            )
+        for i, frame_RW in enumerate(frames_TRW):
+            frame = _frame(frame_RW)
             frame.pts, frame.time_base = i, encoder.time_base
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """The kernels behind kernels.py, in Triton: a program per row, which it reads and writes once.
 
 All of them are bound by memory: a row of the 14B model is 5120 numbers, and lies in registers while it is worked on.
@@ -7,6 +8,7 @@ of larger tensors. Channels of a row lie side by side.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -151,27 +153,28 @@ def launch_add_norm(
     scale = results.pop(0) if results else None
     b, tokens, dim = (x if update is None else update).shape
     x = x.expand(b, -1, -1)
-    _add_norm_kernel[(b * tokens,)](
-        x,
-        update,
-        gate,
-        gain,
-        shift,
-        total,
-        normed,
-        scale,
-        tokens,
-        dim,
-        eps,
-        *x.stride()[:2],
-        *(x if update is None else update).stride()[:2],
-        ADD=update is not None,
-        GATE=gate is not None,
-        NORM=gain is not None,
-        FP8=scale is not None,
-        BLOCK=triton.next_power_of_2(dim),
-        num_warps=_warps(dim),
-    )
+    with torch.cuda.device_of(x):
+        _add_norm_kernel[(b * tokens,)](
+            x,
+            update,
+            gate,
+            gain,
+            shift,
+            total,
+            normed,
+            scale,
+            tokens,
+            dim,
+            eps,
+            *x.stride()[:2],
+            *(x if update is None else update).stride()[:2],
+            ADD=update is not None,
+            GATE=gate is not None,
+            NORM=gain is not None,
+            FP8=scale is not None,
+            BLOCK=triton.next_power_of_2(dim),
+            num_warps=_warps(dim),
+        )
 
 
 def launch_write_heads(
@@ -191,48 +194,51 @@ def launch_write_heads(
     dim = heads * head_dim
     parts = 2 if queries is None else 3
     projected = projected.expand(b, -1, -1)
-    _write_heads_kernel[(b * tokens, parts)](
-        projected,
-        gain_q,
-        gain_k,
-        rope,
-        keys if queries is None else queries,
-        keys,
-        values,
-        tokens,
-        dim,
-        head_dim // 2,
-        eps,
-        *projected.stride()[:2],
-        *keys.stride()[:2],
-        FIRST=3 - parts,
-        BLOCK=triton.next_power_of_2(dim),
-        num_warps=_warps(dim),
-    )
+    with torch.cuda.device_of(projected):
+        _write_heads_kernel[(b * tokens, parts)](
+            projected,
+            gain_q,
+            gain_k,
+            rope,
+            keys if queries is None else queries,
+            keys,
+            values,
+            tokens,
+            dim,
+            head_dim // 2,
+            eps,
+            *projected.stride()[:2],
+            *keys.stride()[:2],
+            FIRST=3 - parts,
+            BLOCK=triton.next_power_of_2(dim),
+            num_warps=_warps(dim),
+        )
 
 
 def launch_rms_norm(x: Tensor, gain: Tensor, eps: float, out: Tensor) -> None:
     """See kernels.py."""
     dim = x.shape[-1]
-    _rms_norm_kernel[(x.numel() // dim,)](
-        x.contiguous(), gain, out, dim, eps, BLOCK=triton.next_power_of_2(dim), num_warps=_warps(dim)
-    )
+    with torch.cuda.device_of(x):
+        _rms_norm_kernel[(x.numel() // dim,)](
+            x.contiguous(), gain, out, dim, eps, BLOCK=triton.next_power_of_2(dim), num_warps=_warps(dim)
+        )
 
 
 def launch_quantise(x: Tensor, gelu: bool, values: Tensor, scale: Tensor) -> None:
     """See kernels.py."""
     b, tokens, dim = x.shape
-    _quantise_kernel[(b * tokens,)](
-        x,
-        values,
-        scale,
-        tokens,
-        dim,
-        *x.stride()[:2],
-        GELU=gelu,
-        BLOCK=triton.next_power_of_2(dim),
-        num_warps=_warps(dim),
-    )
+    with torch.cuda.device_of(x):
+        _quantise_kernel[(b * tokens,)](
+            x,
+            values,
+            scale,
+            tokens,
+            dim,
+            *x.stride()[:2],
+            GELU=gelu,
+            BLOCK=triton.next_power_of_2(dim),
+            num_warps=_warps(dim),
+        )
 
 
 def _warps(dim: int) -> int:

@@ -1,7 +1,7 @@
 """The Wan 2.1 VAE: video to latents and back, a few frames at a time.
 
-- Causal in time: a frame depends on itself and on earlier frames only. So latent frames are decoded one after
-  the other, and what the layers need of the past travels in a `Cache` that belongs to one encode or decode.
+- Causal in time: a frame depends on itself and on earlier frames only. So latent frames are decoded one or a few
+  after the other, and what the layers need of the past travels in a `Cache` that belongs to one encode or decode.
 - The first latent frame stands for 1 pixel frame, each later one for 4.
 - Attributes carry the names of the official checkpoint, odd ones too: they are its keys.
 
@@ -10,8 +10,8 @@ Shapes: B batch, C channels, T frames, H rows, W columns; `x` in a forward is al
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from helios_core.config import VaeConfig
+from helios_core.vae.norm import RMSNorm, rms_norm_silu
 
 # The last input frames of each causal convolution, by layer. Empty before the first frame.
 Cache = dict[nn.Module, Tensor]
@@ -39,33 +40,34 @@ class CausalConv3d(nn.Conv3d):
         self.context = kernel[0] - time_stride  # frames of the past that the next output looks at
 
     def forward(self, x: Tensor, cache: Cache) -> Tensor:  # type: ignore[override]  # a cache is what it adds
-        past = cache[self] if self in cache else self.blank_past(x)
-        x = torch.cat([past, x], dim=2)
-        cache[self] = x[:, :, -self.context :].clone()  # a view would keep all of x alive
-        if x.device.type == "cpu" and x.dtype == torch.float32:
+        padded = self.room(x, cache)
+        padded[:, :, self.context :] = x
+        return self.convolve(padded, cache)
+
+    def room(self, x: Tensor, cache: Cache) -> Tensor:
+        """The frames of the past, [B, C, context, H, W], and behind them as many as in `x`, not yet written."""
+        b, c, t, h, w = x.shape
+        padded = _empty((b, c, self.context + t, h, w), like=self.weight)
+        padded[:, :, : self.context] = cache[self] if self in cache else 0
+        return padded
+
+    def convolve(self, padded: Tensor, cache: Cache) -> Tensor:
+        """The outputs for what was written into `room`. The next call's past is the end of it."""
+        cache[self] = padded[:, :, -self.context :].clone()  # a view would keep all of it alive
+        if padded.device.type == "cpu" and padded.dtype == torch.float32:
             # What torch takes of itself for an input as small as a few frames, slow_conv3d, needs 7 times as long.
             out: Tensor = torch.ops.aten.mkldnn_convolution(
-                x, self.weight, self.bias, self.padding, self.stride, self.dilation, self.groups
+                padded, self.weight, self.bias, self.padding, self.stride, self.dilation, self.groups
             )
             return out
-        return super().forward(x)
-
-    def blank_past(self, x: Tensor) -> Tensor:
-        b, c, _, h, w = x.shape
-        return x.new_zeros(b, c, self.context, h, w)
+        return super().forward(padded)
 
 
-class RMSNorm(nn.Module):
-    """Scales each pixel's channel vector to length sqrt(dim), then each channel by gamma."""
-
-    def __init__(self, dim: int, pixel_dims: int = 3) -> None:
-        super().__init__()
-        self.scale = math.sqrt(dim)
-        self.gamma = nn.Parameter(torch.ones(dim, *[1] * pixel_dims))
-
-    def forward(self, x: Tensor) -> Tensor:
-        unit = F.normalize(x.float(), dim=1).to(x.dtype)
-        return unit * self.scale * self.gamma
+def norm_silu_convolve(norm: RMSNorm, conv: CausalConv3d, x: Tensor, cache: Cache) -> Tensor:
+    """`conv` of SiLU of `norm` of x, which is written where the convolution reads it."""
+    padded = conv.room(x, cache)
+    rms_norm_silu(x, norm.gamma, out=padded[:, :, conv.context :])
+    return conv.convolve(padded, cache)
 
 
 class ResidualBlock(nn.Module):
@@ -79,9 +81,9 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, cache: Cache) -> Tensor:
         shortcut: Tensor = self.conv_shortcut(x)
-        x = self.conv1(F.silu(self.norm1(x)), cache)
-        x = self.conv2(F.silu(self.norm2(x)), cache)
-        return x + shortcut
+        x = norm_silu_convolve(self.norm1, self.conv1, x, cache)
+        x = norm_silu_convolve(self.norm2, self.conv2, x, cache)
+        return x.add_(shortcut)
 
 
 class Attention(nn.Module):
@@ -124,23 +126,33 @@ class Downsample(nn.Module):
         return x
 
 
+class Doubling(nn.Module):
+    """Each pixel of images [B, C, H, W] four times: [B, C, 2 H, 2 W]. Torch's own takes up to ten times as long."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        b, c, h, w = images.shape
+        doubled = _empty((b, c, 2 * h, 2 * w), like=images)
+        rows = doubled[:, :, ::2]
+        rows[..., ::2] = rows[..., 1::2] = images
+        doubled[:, :, 1::2] = rows
+        return doubled
+
+
 class Upsample(nn.Module):
     """Doubles rows and columns, halves channels, and with `in_time` doubles the frames, all but the first."""
 
     def __init__(self, dim: int, in_time: bool) -> None:
         super().__init__()
-        self.resample = nn.Sequential(
-            nn.Upsample(scale_factor=2.0, mode="nearest-exact"), nn.Conv2d(dim, dim // 2, 3, padding=1)
-        )
+        self.resample = nn.Sequential(Doubling(), nn.Conv2d(dim, dim // 2, 3, padding=1))
         self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1)) if in_time else None
 
     def forward(self, x: Tensor, cache: Cache) -> Tensor:
         if self.time_conv is not None:
             if self.time_conv in cache:
-                x = rearrange(self.time_conv(x, cache), "b (n c) t h w -> b c (t n) h w", n=2)
+                x = _interleaved(*self.time_conv(x, cache).chunk(2, dim=1))
             else:
                 # The first frame is not doubled, nor do the next ones see it.
-                cache[self.time_conv] = self.time_conv.blank_past(x)
+                cache[self.time_conv] = x.new_zeros(())
         return _per_frame(self.resample, x)
 
 
@@ -195,12 +207,12 @@ class Encoder(nn.Module):
         for block in self.down_blocks:
             x = block(x, cache)
         x = self.mid_block(x, cache)
-        x = self.conv_out(F.silu(self.norm_out(x)), cache)
+        x = norm_silu_convolve(self.norm_out, self.conv_out, x, cache)
         return x
 
 
 class Decoder(nn.Module):
-    """[B, z_dim, 1, H', W'] to folded pixels [B, out_channels, T, H, W]: T = 1 at first, then 4."""
+    """[B, z_dim, T', H', W'] to folded pixels [B, out_channels, T, H, W]: T' = T = 1 at first, then T = 4 T'."""
 
     def __init__(self, config: VaeConfig) -> None:
         super().__init__()
@@ -222,7 +234,7 @@ class Decoder(nn.Module):
         x = self.mid_block(x, cache)
         for block in self.up_blocks:
             x = block(x, cache)
-        x = self.conv_out(F.silu(self.norm_out(x)), cache)
+        x = norm_silu_convolve(self.norm_out, self.conv_out, x, cache)
         return x
 
 
@@ -240,8 +252,19 @@ class WanVae(nn.Module):
         self.post_quant_conv = nn.Conv3d(config.z_dim, config.z_dim, 1)
         self.decoder = Decoder(config)
 
+    def lay_channels_last(self) -> None:
+        """Puts the channels of all weights last in memory; what is computed from them then lies so too."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Conv3d):
+                last = torch.channels_last if isinstance(module, nn.Conv2d) else torch.channels_last_3d
+                module.weight.data = module.weight.data.contiguous(memory_format=last)
+
     @property
-    def dtype(self) -> torch.dtype:
+    def encoder_dtype(self) -> torch.dtype:
+        return self.quant_conv.weight.dtype
+
+    @property
+    def decoder_dtype(self) -> torch.dtype:
         return self.post_quant_conv.weight.dtype
 
     @property
@@ -251,7 +274,7 @@ class WanVae(nn.Module):
     def encode(self, frames_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and logarithm of the variance of the latents, each [B, z_dim, 1 + n, H/8, W/8].
 
-        `frames_BCTHW`: [B, 3, 1 + 4n, H, W] in [-1, 1], in the VAE's dtype and on its device.
+        `frames_BCTHW`: [B, 3, 1 + 4n, H, W] in [-1, 1], in the encoder's dtype and on its device.
         Raises ValueError for another number of frames, and for H or W that are no multiple of 8.
         """
         _, _, t, h, w = frames_BCTHW.shape
@@ -268,16 +291,19 @@ class WanVae(nn.Module):
         mean, logvar = moments.chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)  # the reference's limits
 
-    def decode_frames(self, latents_BCTHW: Tensor) -> Iterator[Tensor]:
-        """The pixels of one latent frame after the other: first [B, 3, 1, H, W], then [B, 3, 4, H, W] each.
+    def decode_frames(self, latents_BCTHW: Tensor, per_pass: int = 1) -> Iterator[Tensor]:
+        """The pixels of the first latent frame, [B, 3, 1, H, W], then of `per_pass` each, [B, 3, 4 per_pass, H, W].
 
-        `latents_BCTHW`: [B, z_dim, T, H/8, W/8], in the VAE's dtype and on its device. Pixels are in [-1, 1].
-        Work is done only as frames are asked for.
+        `latents_BCTHW`: [B, z_dim, T, H/8, W/8], in the decoder's dtype and on its device. Pixels are in [-1, 1].
+        One per pass is what the reference does, and equal to its bits; more are the same sums, faster and up to
+        rounding the same. The last pass takes what is left. Work is done only as frames are asked for.
         """
         p = self.config.patch_size or 1
         cache: Cache = {}
-        for latent in self.post_quant_conv(latents_BCTHW).split(1, dim=2):
-            frames = self.decoder(latent, cache)
+        latents = self.post_quant_conv(latents_BCTHW)
+        starts = (0, *range(1, latents.shape[2], per_pass))
+        for start, end in pairwise((*starts, latents.shape[2])):
+            frames = self.decoder(latents[:, :, start:end], cache)
             frames = rearrange(frames, "b (c pw ph) t h w -> b c t (h ph) (w pw)", ph=p, pw=p)
             yield frames.clamp(-1.0, 1.0)
 
@@ -300,3 +326,18 @@ def _per_frame(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     x = layer(rearrange(x, "b c t h w -> (b t) c h w"))
     x = rearrange(x, "(b t) c h w -> b c t h w", b=b)
     return x
+
+
+def _interleaved(even: Tensor, odd: Tensor) -> Tensor:
+    """Frames of `even` and `odd` in turn: two of [B, C, T, H, W] as [B, C, 2 T, H, W]."""
+    b, c, t, h, w = even.shape
+    both = _empty((b, c, 2 * t, h, w), like=even)
+    both[:, :, ::2], both[:, :, 1::2] = even, odd
+    return both
+
+
+def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Not yet written, of the dtype and on the device of `like`; channels lie last in memory if they do there."""
+    last = torch.channels_last if like.dim() == 4 else torch.channels_last_3d
+    memory_format = last if like.is_contiguous(memory_format=last) else torch.contiguous_format
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)

@@ -12,10 +12,12 @@ from pathlib import Path
 import av
 import numpy as np
 import numpy.typing as npt
+import torch
 from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image
 
 from helios_core.media.fragments import encode_fragment
+from helios_core.vae.latents import to_i420
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -34,12 +36,18 @@ def image(format: str, picture: Image.Image | None = None, **options: object) ->
     return sink.getvalue()
 
 
+def i420(frames_THWC: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """RGB frames as `encode_fragment` takes them."""
+    unit = torch.from_numpy(frames_THWC).permute(3, 0, 1, 2)[None] / 127.5 - 1
+    return to_i420(unit).numpy()
+
+
 def write_samples(folder: Path, clip: str) -> None:
     """picture.png, 120x90, and a video of 40 frames under the name `clip`: noise, but always the same."""
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 255, (90, 120, 3), dtype=np.uint8)).save(folder / "picture.png")
     frames = rng.integers(0, 255, (40, 64, 96, 3), dtype=np.uint8)
-    fragment = encode_fragment(frames, chunk_index=0, first_frame=0, fps=24)
+    fragment = encode_fragment(i420(frames), chunk_index=0, first_frame=0, fps=24)
     (folder / clip).write_bytes(fragment.init + fragment.data)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import re
+import threading
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import av
@@ -15,7 +17,9 @@ from helios_core.checkpoints import KNOWN_MODELS
 from helios_core.errors import InvalidInput
 from helios_core.helios import Chunk, Helios
 from helios_core.media.read import read_image
-from helios_core.spec import PromptAt
+from helios_core.spec import PromptAt, VideoRequest
+from helios_core.state import StreamState
+from helios_core.vae.latents import decode_chunk, to_i420, to_uint8
 from tests.core.media_files import write_samples
 
 PAGE = (Path(__file__).parents[2] / "EXAMPLES.md").read_text()
@@ -78,6 +82,62 @@ def test_pixels_are_as_good_as_a_file(helios: Helios, files: Path) -> None:
 
 async def test_a_file_can_be_given_inside_an_event_loop(helios: Helios, files: Path) -> None:
     assert next(iter(helios.stream("a sun", seconds=1, image="picture.png", **SMALL))).index == 0
+
+
+def test_chunks_are_those_of_sampling_and_decoding_in_turn(helios: Helios) -> None:
+    spec = VideoRequest(prompt="a sun", seconds=4, seed=3, **SMALL).check(helios.card)
+    text, state = helios.text_encoder.encode("a sun"), StreamState.start(spec, helios.vae.config)
+    for chunk in helios.stream("a sun", seconds=4, seed=3, **SMALL):
+        state = helios.sampler.sample(text, state, spec.steps_of_chunk(chunk.index))
+        frames, yuv = (
+            video[: len(chunk.frames)] for video in decode_chunk(helios.vae, state.latents, to_uint8, to_i420)
+        )
+        assert np.array_equal(chunk.frames, frames) and np.array_equal(chunk.yuv, yuv)
+        assert chunk.state.to_bytes() == state.to_bytes()
+    assert chunk.index == 2
+
+
+def samplers() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("sampler")]
+
+
+def test_the_next_chunk_is_sampled_while_one_is_looked_at(helios: Helios) -> None:
+    steps: Queue[int] = Queue()
+    stream = helios.stream("a sun", seconds=4, on_step=steps.put, **SMALL)
+    assert steps.empty(), "nothing is computed before it is asked for"
+    next(stream)
+    assert [steps.get(timeout=60) for _ in range(9)][-3:] == [
+        0,
+        1,
+        2,
+    ]  # 6 steps of chunk 0, as amplified, and 3 of chunk 1
+    stream.close()
+    assert samplers() == []
+
+
+@pytest.mark.parametrize("steps", [0, 7])
+def test_what_goes_wrong_while_sampling_comes_out(helios: Helios, steps: int) -> None:
+    seen = []
+
+    def stop(stage: int) -> None:
+        if len(seen) == steps:
+            raise ArithmeticError("enough")
+        seen.append(stage)
+
+    chunks = []
+    with pytest.raises(ArithmeticError, match="enough"):
+        chunks += helios.stream("a sun", seconds=4, on_step=stop, **SMALL)
+    assert samplers() == []
+
+
+def test_what_goes_wrong_while_decoding_ends_the_sampling(helios: Helios, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ArithmeticError("no pixels")
+
+    monkeypatch.setattr(helios.vae, "decode_frames", broken)
+    with pytest.raises(ArithmeticError, match="no pixels"):
+        next(helios.stream("a sun", seconds=None, **SMALL))
+    assert samplers() == []
 
 
 def test_a_change_of_the_prompt_begins_with_its_chunk(helios: Helios) -> None:

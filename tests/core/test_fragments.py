@@ -14,9 +14,11 @@ import av
 import numpy as np
 import numpy.typing as npt
 import pytest
+from PIL import Image
 
 from helios_core.errors import MediaError
-from helios_core.media.fragments import Fragment, encode_fragment
+from helios_core.media.fragments import Fragment, encode_fragment, encode_jpeg
+from tests.core.media_files import i420
 
 ROOT = Path(__file__).parents[2]
 HEIGHT, WIDTH = 64, 96
@@ -42,7 +44,7 @@ def number_in(picture: npt.NDArray[np.uint8]) -> int:
 def encode_video(lengths: tuple[int, ...], fps: int) -> list[Fragment]:
     starts = np.cumsum((0, *lengths)).tolist()
     return [
-        encode_fragment(numbered(start, count), chunk_index=k, first_frame=start, fps=fps)
+        encode_fragment(i420(numbered(start, count)), chunk_index=k, first_frame=start, fps=fps)
         for k, (start, count) in enumerate(zip(starts, lengths, strict=False))
     ]
 
@@ -113,13 +115,13 @@ def test_a_fragment_is_one_moof_and_one_mdat_and_nothing_else() -> None:
 
 def test_a_fragment_depends_on_nothing_but_its_own_frames() -> None:
     in_sequence = encode_video((33, 33, 12), 24)[2]
-    alone = encode_fragment(numbered(66, 12), chunk_index=2, first_frame=66, fps=24)
+    alone = encode_fragment(i420(numbered(66, 12)), chunk_index=2, first_frame=66, fps=24)
     assert alone == in_sequence
 
 
 def test_frames_need_not_be_contiguous() -> None:
-    frames = numbered(0, 3)
-    permuted = np.ascontiguousarray(frames.transpose(3, 0, 1, 2)).transpose(1, 2, 3, 0)  # as a decoder leaves them
+    frames = i420(numbered(0, 3))
+    permuted = np.ascontiguousarray(frames.transpose(2, 0, 1)).transpose(1, 2, 0)
     assert not permuted.flags.c_contiguous
     assert encode_fragment(permuted, chunk_index=0, first_frame=0, fps=24) == encode_fragment(
         frames, chunk_index=0, first_frame=0, fps=24
@@ -130,25 +132,25 @@ def test_two_processes_make_the_same_bytes() -> None:
     program = (
         "import hashlib, numpy as np\n"
         "from helios_core.media.fragments import encode_fragment\n"
-        "frames = np.random.default_rng(7).integers(0, 256, (33, 64, 96, 3), np.uint8)\n"
+        "frames = np.random.default_rng(7).integers(0, 256, (33, 96, 96), np.uint8)\n"
         "f = encode_fragment(frames, chunk_index=4, first_frame=132, fps=24)\n"
         "raise SystemExit(hashlib.sha256(f.init + f.data).hexdigest())"  # goes to stderr
     )
     other = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    frames = np.random.default_rng(7).integers(0, 256, (33, 64, 96, 3), np.uint8)
+    frames = np.random.default_rng(7).integers(0, 256, (33, 96, 96), np.uint8)
     fragment = encode_fragment(frames, chunk_index=4, first_frame=132, fps=24)
     assert other.stderr.strip() == hashlib.sha256(fragment.init + fragment.data).hexdigest()
 
 
 def test_the_encoder_uses_one_thread_at_any_size() -> None:
     """More of them would make the bytes depend on the number of cores; x264 writes its settings into each chunk."""
-    frames = np.zeros((1, 384, 640, 3), np.uint8)  # large enough for x264 to want more
+    frames = np.zeros((1, 576, 640), np.uint8)  # large enough for x264 to want more
     assert b" threads=1 " in encode_fragment(frames, chunk_index=0, first_frame=0, fps=24).data
 
 
 def test_sequence_number_and_decode_time_of_a_long_video() -> None:
     first_frame = 2**32 // 512 + 5  # its decode time does not fit in 32 bits
-    fragment = encode_fragment(numbered(0, 2), chunk_index=254_201, first_frame=first_frame, fps=24)
+    fragment = encode_fragment(i420(numbered(0, 2)), chunk_index=254_201, first_frame=first_frame, fps=24)
     assert payload(fragment.data, "moof", "mfhd") == struct.pack(">II", 0, 254_202)
     assert payload(fragment.data, "moof", "traf", "tfdt") == struct.pack(">B3xQ", 1, first_frame * 512)
     frames = decode(fragment.init + fragment.data)
@@ -157,7 +159,7 @@ def test_sequence_number_and_decode_time_of_a_long_video() -> None:
 
 def test_colours_are_bt709_in_tv_range_and_say_so() -> None:
     green = np.full((3, HEIGHT, WIDTH, 3), (0, 255, 0), np.uint8)
-    fragment = encode_fragment(green, chunk_index=0, first_frame=0, fps=24)
+    fragment = encode_fragment(i420(green), chunk_index=0, first_frame=0, fps=24)
     for frame in decode(fragment.init + fragment.data):
         assert (frame.colorspace, frame.color_range) == (1, 1)  # bt709, tv
         assert (frame.color_primaries, frame.color_trc) == (1, 1)  # bt709 both
@@ -166,16 +168,26 @@ def test_colours_are_bt709_in_tv_range_and_say_so() -> None:
         np.testing.assert_allclose([y.mean(), u.mean(), v.mean()], [173, 42, 26], atol=1)
 
 
+def test_a_thumbnail_has_the_colours_of_its_frame() -> None:
+    colours = np.array([(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (40, 90, 200)], np.uint8)
+    frame = np.repeat(colours, 32, axis=0)[None, None].repeat(64, axis=1)  # stripes: [1, 64, 160, 3]
+    with Image.open(io.BytesIO(encode_jpeg(i420(frame)[0]))) as picture:
+        assert (picture.format, picture.size) == ("JPEG", (160, 64))
+        shown = np.asarray(picture)[32, 16::32]
+    np.testing.assert_allclose(shown, colours, atol=4)
+
+
 @pytest.mark.parametrize(
     ("frames", "message"),
     [
-        (np.zeros((2, 64, 64, 3), np.float32), "frames are float32; allowed: uint8"),
-        (np.zeros((64, 64, 3), np.uint8), r"shape \(64, 64, 3\); allowed: \[T, H, W, 3\]"),
-        (np.zeros((2, 3, 64, 64), np.uint8), r"shape \(2, 3, 64, 64\)"),
-        (np.zeros((0, 64, 64, 3), np.uint8), r"shape \(0, 64, 64, 3\); .* with T >= 1"),
-        (np.zeros((2, 64, 63, 3), np.uint8), "frames are 63x64; allowed: even sides"),
-        (np.zeros((2, 0, 64, 3), np.uint8), "frames are 64x0; allowed: even sides"),
-        (np.zeros((1, 2, 16386, 3), np.uint8), r"frames of shape \(1, 2, 16386, 3\): .*libx264"),  # x264 ends at 16384
+        (np.zeros((2, 96, 64), np.float32), "frames are float32; allowed: uint8"),
+        (np.zeros((96, 64), np.uint8), r"shape \(96, 64\); allowed: \[T, H \* 3 / 2, W\]"),
+        (np.zeros((2, 64, 64, 3), np.uint8), r"shape \(2, 64, 64, 3\)"),
+        (np.zeros((2, 64, 64), np.uint8), r"shape \(2, 64, 64\)"),
+        (np.zeros((0, 96, 64), np.uint8), r"shape \(0, 96, 64\); .* with T >= 1"),
+        (np.zeros((2, 96, 63), np.uint8), "frames are 63x64; allowed: even sides"),
+        (np.zeros((2, 0, 64), np.uint8), "frames are 64x0; allowed: even sides"),
+        (np.zeros((1, 3, 16386), np.uint8), r"frames of shape \(1, 3, 16386\): .*libx264"),  # x264 ends at 16384
     ],
 )
 def test_what_is_not_a_video_is_refused_by_name(frames: npt.NDArray[np.uint8], message: str) -> None:

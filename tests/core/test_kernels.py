@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,9 +25,8 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 @pytest.fixture(autouse=True)
-def interpreter() -> Iterator[None]:
-    """Triton reads the variable when kernels are declared, which is when the first one runs."""
-    with torch.no_grad(), mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
+def no_gradients() -> Iterator[None]:
+    with torch.no_grad():
         yield
 
 

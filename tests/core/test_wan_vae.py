@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
+import av
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from av.video.reformatter import ColorRange, Colorspace
 from torch import Tensor
 
+from helios_core import checkpoints
 from helios_core.config import VaeConfig
-from helios_core.vae.latents import decode_chunk, denormalise, normalise, to_uint8
-from helios_core.vae.model import WanVae
+from helios_core.vae.latents import LATENTS_PER_PASS, decode_chunk, denormalise, normalise, to_i420, to_uint8
+from helios_core.vae.model import CausalConv3d, Downsample, ResidualBlock, Upsample, WanVae
 
 TINY = VaeConfig(base_dim=4, num_res_blocks=1)
 TINY_FOLDED = VaeConfig(
@@ -41,6 +49,36 @@ def test_decoding_frame_by_frame_equals_the_whole(vae: WanVae) -> None:
     frames = list(vae.decode_frames(z))
     assert [f.shape for f in frames] == [(2, 3, 1, 32, 48)] + [(2, 3, 4, 32, 48)] * 3
     assert torch.equal(torch.cat(frames, dim=2), vae.decode(z))
+
+
+@pytest.mark.parametrize("per_pass", [2, 3, 8])
+def test_more_latents_per_pass_give_the_same_frames(vae: WanVae, per_pass: int) -> None:
+    z = latents(seed=1, t=6)
+    frames = list(vae.decode_frames(z, per_pass))
+    assert [f.shape[2] for f in frames] == {2: [1, 8, 8, 4], 3: [1, 12, 8], 8: [1, 20]}[per_pass]
+    torch.testing.assert_close(torch.cat(frames, dim=2), vae.decode(z), rtol=0, atol=2e-6)
+
+
+def test_one_latent_is_one_frame(vae: WanVae) -> None:
+    assert [f.shape for f in vae.decode_frames(latents(seed=1, t=1), per_pass=2)] == [(1, 3, 1, 32, 48)]
+
+
+def test_channels_stay_last_from_layer_to_layer(vae: WanVae) -> None:
+    last = copy.deepcopy(vae)
+    last.lay_channels_last()
+    layers = [
+        layer for layer in last.modules() if isinstance(layer, CausalConv3d | ResidualBlock | Upsample | Downsample)
+    ]
+    lie_so = []
+    for layer in layers:
+        layer.register_forward_hook(
+            lambda _, __, x: lie_so.append(x.is_contiguous(memory_format=torch.channels_last_3d))
+        )
+    z, frames = latents(seed=1, t=3), video(seed=1, t=9)
+    torch.testing.assert_close(last.decode(z), vae.decode(z), rtol=0, atol=1e-5)
+    torch.testing.assert_close(last.encode(frames)[0], vae.encode(frames)[0], rtol=0, atol=1e-5)
+    assert len(lie_so) >= len(layers)
+    assert all(lie_so)
 
 
 def test_interleaved_decodes_do_not_disturb_each_other(vae: WanVae) -> None:
@@ -123,11 +161,73 @@ def test_pixels_become_rounded_bytes() -> None:
     assert pixels[:, 0, 0, 0].tolist() == [0, 0, 0, 1, 128, 255, 255]
 
 
+def pictures(height: int, width: int) -> Tensor:
+    """Three smooth pictures of many colours: [1, 3, 3, H, W] in [-1, 1]."""
+    coarse = torch.rand(1, 3, 3, 4, 6, generator=torch.Generator().manual_seed(0)) * 2.6 - 1.3
+    return F.interpolate(coarse, size=(3, height, width), mode="trilinear").clamp(-1, 1)
+
+
+def planes_of(i420: np.ndarray, height: int, width: int) -> list[np.ndarray]:
+    """Y, U and V of frames [T, H * 3 / 2, W]."""
+    flat, size = i420.reshape(len(i420), -1), height * width
+    y, u, v = flat[:, :size], flat[:, size : size * 5 // 4], flat[:, size * 5 // 4 :]
+    return [y.reshape(-1, height, width), *(plane.reshape(-1, height // 2, width // 2) for plane in (u, v))]
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 48), (18, 20)])
+def test_i420_is_bt709_in_tv_range_with_the_mean_chroma_of_each_block(height: int, width: int) -> None:
+    frames = pictures(height, width)
+    # By the standard's own numbers: Y, Cb and Cr of every pixel in full range, in fp64, then averaged and scaled.
+    matrix = np.array([[0.2126, 0.7152, 0.0722], [-0.2126, -0.7152, 0.9278], [0.7874, -0.7152, -0.0722]])
+    matrix /= np.array([1, 1.8556, 1.5748])[:, None]
+    full = np.einsum("kc,cthw->kthw", matrix, (frames[0].double().numpy() + 1) / 2)
+    blocks = full.reshape(3, 3, height // 2, 2, width // 2, 2).mean(axis=(3, 5))
+    i420 = to_i420(frames)
+    assert (i420.shape, i420.dtype) == ((3, height * 3 // 2, width), torch.uint8)
+    y, u, v = planes_of(i420.numpy(), height, width)
+    for plane, exact in ((y, 16 + 219 * full[0]), (u, 128 + 224 * blocks[1]), (v, 128 + 224 * blocks[2])):
+        assert np.abs(plane - exact).max() <= 0.5 + 1e-4
+
+
+def test_i420_is_what_swscale_makes() -> None:
+    frames = pictures(64, 96)
+    made = planes_of(to_i420(frames).numpy(), 64, 96)
+    for i, rgb in enumerate(to_uint8(frames).numpy()):
+        frame = av.VideoFrame.from_ndarray(rgb, format="rgb24").reformat(
+            format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+        )
+        for plane, theirs in zip(made, planes_of(frame.to_ndarray()[None], 64, 96), strict=True):
+            assert np.abs(plane[i].astype(int) - theirs[0]).max() <= 2
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_chunk_becomes_33_frames(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    vae = WanVae(TINY).to(dtype)
+    vae = WanVae(TINY).requires_grad_(False)
+    for part in (vae.decoder, vae.post_quant_conv):
+        part.to(dtype)
+    assert (vae.encoder_dtype, vae.decoder_dtype) == (torch.float32, dtype)
     z = latents(seed=1, t=9)
-    pixels = decode_chunk(vae, z)
-    assert pixels.shape == (33, 32, 48, 3)
-    assert torch.equal(pixels, to_uint8(vae.decode(denormalise(z.to(dtype), TINY)).detach()))
+    rgb, yuv = decode_chunk(vae, z, to_uint8, to_i420)
+    assert (rgb.shape, yuv.shape) == ((33, 32, 48, 3), (33, 48, 48))
+    frames = torch.cat(list(vae.decode_frames(denormalise(z, TINY).to(dtype), LATENTS_PER_PASS)), dim=2)
+    assert np.array_equal(rgb, to_uint8(frames))
+    assert np.array_equal(yuv, to_i420(frames))
+
+
+def test_on_a_gpu_decoding_is_bf16_with_channels_last_and_encoding_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(model: WanVae, _: object, __: object, dtype_of: Callable[[str], torch.dtype]) -> None:
+        for name, parameter in model.named_parameters():
+            parameter.data = torch.empty_like(parameter, dtype=dtype_of(name))
+
+    monkeypatch.setattr(checkpoints, "_fill", fill)
+    for name in ("check_room", "decode_chunk"):  # which would ask the GPU
+        monkeypatch.setattr(checkpoints, name, lambda *_: None)
+    vae = checkpoints.Checkpoint.open("demo").load_vae(torch.device("cuda"))
+    for parts, dtype in (
+        ((vae.encoder, vae.quant_conv), torch.float32),
+        ((vae.decoder, vae.post_quant_conv), torch.bfloat16),
+    ):
+        assert {p.dtype for part in parts for p in part.parameters()} == {dtype}
+    kernels = [p for p in vae.parameters() if p.dim() == 5]
+    assert all(kernel.is_contiguous(memory_format=torch.channels_last_3d) for kernel in kernels)

@@ -20,6 +20,7 @@ from helios_core.demo.words import COLOURS, MOTIONS, Scene, caption, random_scen
 from helios_core.demo.world import SIZE, SPEED, START, VELOCITY, Pose, colours, film, masks, paint, poses, start_of
 from helios_core.errors import InvalidInput
 from helios_core.media.fragments import encode_fragment
+from tests.core.media_files import i420
 
 Frames = npt.NDArray[np.uint8]
 HALF = (SIZE[0] // 2, SIZE[1] // 2)
@@ -66,7 +67,7 @@ def test_true_films_are_right_after_the_encoder(seed: int) -> None:
     film_TCHW, prompt = random_film(seed, 48)
     frames = pixels(film_TCHW)
     fragments = [
-        encode_fragment(frames[first : first + CHUNK_FRAMES], chunk_index=i, first_frame=first, fps=24)
+        encode_fragment(i420(frames[first : first + CHUNK_FRAMES]), chunk_index=i, first_frame=first, fps=24)
         for i, first in enumerate(range(0, len(frames), CHUNK_FRAMES))
     ]
     file = io.BytesIO(fragments[0].init + b"".join(fragment.data for fragment in fragments))

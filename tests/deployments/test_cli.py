@@ -26,6 +26,7 @@ from helios_core.demo.world import film
 from helios_core.helios import Helios
 from helios_core.media.fragments import encode_fragment
 from helios_core.spec import Limits
+from tests.core.media_files import i420
 
 ROOT = Path(__file__).parents[2]
 RANDOM = ["--model", "random"]
@@ -364,7 +365,7 @@ PROMPT = "a red sun over a blue sea, drifting left"
 def write_film(path: Path, frames: int = 66, size: tuple[int, int] = (128, 64)) -> None:
     film_TCHW = film(SCENE, (1.0, 0.34), frames, size).clamp(0, 1)
     pixels = (film_TCHW * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    fragment = encode_fragment(pixels, chunk_index=0, first_frame=0, fps=24)
+    fragment = encode_fragment(i420(pixels), chunk_index=0, first_frame=0, fps=24)
     path.write_bytes(fragment.init + fragment.data)
 
 

@@ -59,7 +59,7 @@ def by_library(seed: int) -> bytes:
     """The video as it is when nothing else is made."""
     data = b""
     for chunk in Helios.load("random").stream(**{**WANTED, "steps": (1, 1, 1)}, seed=seed):
-        fragment = encode_fragment(chunk.frames, chunk_index=chunk.index, first_frame=33 * chunk.index, fps=24)
+        fragment = encode_fragment(chunk.yuv, chunk_index=chunk.index, first_frame=33 * chunk.index, fps=24)
         data += fragment.data if chunk.index else fragment.init + fragment.data
     return data
 

@@ -111,7 +111,7 @@ def test_service_command_line_and_library_make_the_same_video(http: httpx.Client
     by_library = b""
     for chunk in Helios.load("random").stream(PROMPT, seconds=2.5, seed=11, preset="realtime"):
         first_frame = chunk.index * CHUNK_FRAMES
-        fragment = encode_fragment(chunk.frames, chunk_index=chunk.index, first_frame=first_frame, fps=24)
+        fragment = encode_fragment(chunk.yuv, chunk_index=chunk.index, first_frame=first_frame, fps=24)
         by_library += fragment.data if chunk.index else fragment.init + fragment.data
     assert by_library == by_service
 

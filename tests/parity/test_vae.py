@@ -12,7 +12,7 @@ from diffusers.video_processor import VideoProcessor
 from torch import Tensor, nn
 
 from helios_core.config import VaeConfig
-from helios_core.vae.latents import decode_chunk, denormalise, normalise
+from helios_core.vae.latents import decode_chunk, denormalise, normalise, to_uint8
 from helios_core.vae.model import WanVae
 
 FOLDED: dict[str, Any] = {
@@ -139,5 +139,6 @@ def test_pixels_of_a_chunk(pair: Pair) -> None:
     z = draw(1, 16, 9, 4, 6)
     frames = theirs.decode(denormalise(z, ours.config)).sample
     expected = VideoProcessor(vae_scale_factor=8).postprocess_video(frames, output_type="pt")[0]
-    off = decode_chunk(ours, z).permute(0, 3, 1, 2) - 255 * expected
+    (pixels,) = decode_chunk(ours, z, to_uint8)
+    off = torch.from_numpy(pixels).permute(0, 3, 1, 2) - 255 * expected
     assert off.abs().max() <= 0.5 + 255 * 1e-5
