@@ -3,6 +3,9 @@
 Layout (the official repositories'): model_index.json, scheduler/, tokenizer/, text_encoder/, transformer/, vae/.
 Weights are safetensors only. Keys must match in both directions and shapes must be equal. Modules are built on the
 meta device and the file's tensors are assigned, so that no weight exists twice.
+
+The hub, tokenizers and transformers are imported where they are needed: a bare machine with torch can benchmark a
+folder, and replicas of the transformer and of the VAE start without them.
 """
 
 from __future__ import annotations
@@ -18,10 +21,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import safetensors
 import torch
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HFValidationError
 from safetensors import safe_open
-from tokenizers import Tokenizer
 from torch import nn
 
 from helios_core.config import (
@@ -46,6 +46,7 @@ from helios_core.transformer.model import FP32_PARAMETERS, KEY_ALIASES, HeliosTr
 from helios_core.vae.model import WanVae
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import UMT5EncoderModel
 
 PARTS = ("text_encoder", "transformer", "vae")  # those with weights
@@ -164,6 +165,8 @@ class Checkpoint:
         """Name and SHA-256 of each of a part's weight files."""
         here = list((self.folder / part).glob("*.safetensors"))
         if self.hub_id is not None:
+            from huggingface_hub import HfApi
+
             repository, _, commit = self.hub_id.partition("@")
             try:
                 with _hub_errors(self.hub_id):
@@ -210,7 +213,7 @@ class Checkpoint:
         return model, _locate(model, folder, "diffusion_pytorch_model")
 
     def _text_encoder(self) -> tuple[UMT5EncoderModel, Places, Tokenizer]:
-        # Here, as it takes twice as long to import as torch: replicas of the transformer and of the VAE do without.
+        from tokenizers import Tokenizer
         from transformers import UMT5Config, UMT5EncoderModel
 
         folder = self._part("text_encoder")
@@ -292,6 +295,9 @@ def download(model: str) -> Path:
 
 
 def _fetch(model: str, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
     unknown = f"model {model!r} is neither a folder, nor a hub id (owner/name), nor one of {', '.join(KNOWN_MODELS)}"
     if "/" not in model:  # the hub still has a few ids without an owner; none is a Helios
         raise CheckpointError(unknown)
