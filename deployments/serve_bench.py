@@ -169,7 +169,7 @@ def _figures(served: list[Run], alone: list[Run], videos: list[Video], chunks: i
         "service/bare after the first chunk": [
             s.after_first_chunk / b.after_first_chunk for s, b in zip(served, alone, strict=True)
         ],
-        "service's time outside the model, share": [_idle(video) for video in videos],
+        "service's time outside the model, share": [outside_the_model(video) for video in videos],
         **{f"{part} of a chunk, ms": [1000 * _spent(video, part) / chunks for video in videos] for part in PARTS},
     }
 
@@ -179,7 +179,7 @@ def _spent(video: Video, part: str) -> float:
     return sum(video.after(span.end) - video.after(span.begin) for span in video.spans if span.name == part)
 
 
-def _idle(video: Video) -> float:
+def outside_the_model(video: Video) -> float:
     """The share of a video's time, from its acceptance to its end, in which it is neither sampled nor decoded."""
     (whole,) = (span for span in video.spans if span.name == "video")
     busy = covered((video.after(span.begin), video.after(span.end)) for span in video.spans if span.name in MODEL_SPANS)

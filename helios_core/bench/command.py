@@ -25,7 +25,6 @@ from helios_core.checkpoints import placement, use_threads
 from helios_core.config import VaeConfig
 from helios_core.errors import InvalidInput
 
-COMPARE = "compare"
 PACKAGES = ("torch", "triton", "numpy", "einops", "safetensors", "diffusers", "helios-serve")
 
 
@@ -45,11 +44,11 @@ def main(arguments: Sequence[str]) -> None:
     sections = _chosen(options.sections)
     if options.compare is not None:
         check(model)
-        sections[COMPARE] = partial(compare, modes=_modes(options.compare_mode))
+        sections |= {f"compare, {mode}": partial(compare, mode=mode) for mode in _modes(options.compare_mode)}
     bench = Bench(subject, Clock(device, options.repeats), options.chunks)
     report = Report(_header(bench, arguments), options.json)
     for name, section in sections.items():
-        report.add(name, list(section(bench)))
+        report.add(name, section(bench))
     report.end()
 
 
@@ -78,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, help="all if not given; shares need ceilings")
     parser.add_argument("--compare", choices=["diffusers"], help="measure it too, on the same weights")
     parser.add_argument("--compare-mode", default=EAGER, help=f"one or more of {','.join(MODES)}")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="written again as each section ends")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="written again after each row")
     return parser
 
 
@@ -99,11 +98,10 @@ def parse_steps(texts: Sequence[str]) -> tuple[tuple[int, ...], ...]:
 
 
 def _modes(text: str) -> tuple[str, ...]:
-    """In the order of MODES: what was compiled is not eager any more."""
-    chosen = text.split(",")
-    if not set(chosen) <= set(MODES):
+    modes = tuple(text.split(","))
+    if not set(modes) <= set(MODES):
         raise InvalidInput("compare_mode", text, f"one or more of {','.join(MODES)}")
-    return tuple(mode for mode in MODES if mode in chosen)
+    return modes
 
 
 def _chosen(names: Sequence[str] | None) -> dict[str, Section]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -45,20 +44,19 @@ def check(model: Model) -> None:
         raise InvalidInput("compare", model.card.variant.name, "the variant distilled")
 
 
-def compare(bench: Bench, modes: tuple[str, ...]) -> Iterator[Row]:
-    """A chunk sampled, decoded, and both. `modes`: eager, as diffusers runs by itself; compiled: its blocks and its
+def compare(bench: Bench, mode: str) -> Iterator[Row]:
+    """A chunk decoded, sampled, and both. `mode`: eager, as diffusers runs by itself; compiled: its blocks and its
     VAE's decoder compiled, with cuDNN's attention. Times are ours; `ratio` is how many times as long theirs are."""
     model = bench.subject.model
     theirs = pipeline(model)
+    if mode == COMPILED:
+        _compile(theirs)
     # Theirs is computed in fp32, where it fails for the official gamma. (No mock: torch's compiler wants a function.)
     factor = block_factor(model.sampler.scheduler.gamma).to(bench.subject.device)
-    for mode in modes:
-        if mode == COMPILED:
-            _compile(theirs)
-        with mock.patch.object(torch.linalg, "cholesky", lambda _: factor), _attention(mode):
-            yield _decoded(bench, mode, theirs)
-            for steps in bench.subject.steps:
-                yield from _sampled(bench, mode, theirs, steps)
+    with mock.patch.object(torch.linalg, "cholesky", lambda _: factor):
+        yield _decoded(bench, mode, theirs)
+        for steps in bench.subject.steps:
+            yield from _sampled(bench, mode, theirs, steps)
 
 
 @torch.inference_mode()
@@ -66,18 +64,19 @@ def _decoded(bench: Bench, mode: str, theirs: Any) -> Row:
     vae = bench.subject.model.vae
     latents = denormalise(bench.subject.state().latents.to(vae.device, vae.dtype), vae.config)
     result = partial(vae.decode, latents)
-    return _row(bench, f"{mode}: a chunk decoded", result, result, lambda: theirs.vae.decode(latents).sample)
+    their_frames = _driven(mode, lambda: theirs.vae.decode(latents).sample)
+    return _row(bench, "a chunk decoded", result, result, their_frames)
 
 
 def _sampled(bench: Bench, mode: str, theirs: Any, steps: tuple[int, ...]) -> Iterator[Row]:
     subject = bench.subject
     vae, prompt, state = subject.model.vae, next(subject.prompts()), subject.state()
-    their_chunk = _chunk(subject, theirs, prompt.padded().to(subject.device), steps)
+    their_chunk = _driven(mode, _chunk(subject, theirs, prompt.padded().to(subject.device), steps))
 
     def latents() -> Tensor:
         return subject.model.sampler.sample(prompt, state, steps).latents
 
-    label = f"{mode}, {shown(steps)}: a chunk sampled"
+    label = f"{shown(steps)}: a chunk sampled"
     with mock.patch.object(theirs.vae, "decode", return_value=(torch.zeros(1, 3, 1, 1, 1),)):
         yield _row(bench, label, latents, latents, their_chunk)
     yield _row(bench, f"{label} and decoded", lambda: decode_chunk(vae, latents()), latents, their_chunk)
@@ -163,6 +162,11 @@ def _compile(theirs: Any) -> None:
     theirs.vae.decoder.compile(dynamic=False)
 
 
-def _attention(mode: str) -> AbstractContextManager[None]:
-    """For theirs and ours alike; what names its own kernels is not concerned."""
-    return sdpa_kernel(FASTEST, set_priority=True) if mode == COMPILED else nullcontext()
+def _driven(mode: str, theirs: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """`theirs` with the attention of the mode: torch's choice, or the first of FASTEST that there is."""
+
+    def run() -> Tensor:
+        with sdpa_kernel(FASTEST, set_priority=True):
+            return theirs()
+
+    return run if mode == COMPILED else theirs

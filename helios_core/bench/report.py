@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,8 @@ class Row:
 
 
 class Report:
-    """Written section by section: the table to stdout, all so far to a JSON file, if there is one."""
+    """Written row by row, so that what ends it early costs one at most: a table to stdout, and all so far to a JSON
+    file, if there is one."""
 
     def __init__(self, header: dict[str, Any], file: Path | None) -> None:
         self.document: dict[str, Any] = {"header": header, "sections": {}}
@@ -63,10 +64,13 @@ class Report:
         _say("\n".join(["helios bench", *lines, "", _aligned(COLUMNS)]))
         self._write()
 
-    def add(self, section: str, rows: Sequence[Row]) -> None:
-        self.document["sections"][section] = [row.document() for row in rows]
-        _say("\n".join([f"-- {section}", *(row.line() for row in rows)]))
-        self._write()
+    def add(self, section: str, rows: Iterable[Row]) -> None:
+        written = self.document["sections"][section] = []
+        _say(f"-- {section}")
+        for row in rows:
+            written.append(row.document())
+            _say(row.line())
+            self._write()
 
     def end(self) -> None:
         """The last line of stdout is the whole as JSON."""

@@ -81,7 +81,7 @@ def ceilings(bench: Bench) -> Iterator[Row]:
             with backend:
                 try:
                     yield rated("attention", what, 4 * length**2 * dim, attend)
-                except RuntimeError as error:  # this machine or torch lacks it
+                except RuntimeError as error:
                     yield Row(what, figures={"not available": str(error).splitlines()[0]})
     with _products_as_convolutions():
         yield product("vae", subject.lengths[-1], dim, dim, vae.dtype)
@@ -94,12 +94,12 @@ def ceilings(bench: Bench) -> Iterator[Row]:
 
 
 def _attention_backends(on_gpu: bool) -> dict[str, AbstractContextManager[None]]:
-    if not on_gpu:
-        return {"torch's choice": nullcontext()}
-    return {
-        "cuDNN": sdpa_kernel(SDPBackend.CUDNN_ATTENTION),
-        "flash": sdpa_kernel(SDPBackend.FLASH_ATTENTION),
-    }
+    """Those worth trying. A GPU or a precision may lack one of them, but not what torch chooses."""
+    backends: dict[str, AbstractContextManager[None]] = {"torch's choice": nullcontext()}
+    if on_gpu:
+        backends["cuDNN"] = sdpa_kernel(SDPBackend.CUDNN_ATTENTION)
+        backends["flash"] = sdpa_kernel(SDPBackend.FLASH_ATTENTION)
+    return backends
 
 
 @contextmanager
