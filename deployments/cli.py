@@ -1,4 +1,6 @@
-"""The command line: `helios serve | generate | demo | videos | keys | store | score | download | trace | openapi`.
+"""The command line.
+
+`helios serve | generate | demo | videos | keys | store | score | bench | download | trace | openapi`
 
 Heavy imports wait for their command.
 """
@@ -251,6 +253,16 @@ def score(
         json_file.write_text(json.dumps(document(report), indent=2) + "\n")
     if plot_file is not None:
         plot(report, plot_file)
+
+
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(context: typer.Context) -> None:
+    """Measure each part of the model, against diffusers if asked, or with --serve what the service adds to it."""
+    if "--serve" in context.args:
+        from deployments.serve_bench import main as measure
+    else:
+        from helios_core.bench import main as measure
+    measure(context.args)
 
 
 @app.command()

@@ -3,6 +3,9 @@
 Layout (the official repositories'): model_index.json, scheduler/, tokenizer/, text_encoder/, transformer/, vae/.
 Weights are safetensors only. Keys must match in both directions and shapes must be equal. Modules are built on the
 meta device and the file's tensors are assigned, so that no weight exists twice.
+
+The hub, tokenizers and transformers are imported where they are needed: a bare machine with torch can benchmark a
+folder, and replicas of the transformer and of the VAE start without them.
 """
 
 from __future__ import annotations
@@ -13,16 +16,14 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeVar
 
 import safetensors
 import torch
-from huggingface_hub import HfApi, RepoFile, snapshot_download
-from huggingface_hub.errors import HFValidationError
 from safetensors import safe_open
-from tokenizers import Tokenizer
 from torch import nn
 
 from helios_core.config import (
@@ -56,6 +57,8 @@ from helios_core.vae.latents import LATENTS_PER_PASS, decode_chunk, to_i420
 from helios_core.vae.model import WanVae
 
 if TYPE_CHECKING:
+    from huggingface_hub import RepoFile
+    from tokenizers import Tokenizer
     from transformers import UMT5EncoderModel
 
 PARTS = ("text_encoder", "transformer", "vae")  # those with weights
@@ -192,9 +195,7 @@ class Checkpoint:
         """
         model, places = self._transformer()
 
-        def dtype_of(name: str) -> torch.dtype:
-            return torch.float32 if FP32_PARAMETERS.intersection(name.split(".")) else dtype
-
+        dtype_of = partial(transformer_dtype, dtype)
         check_room("transformer", device, self._sampler_needs(model, device, dtype, dtype_of))
         _fill(model, places, device, dtype_of)
         if approximations.fp8:
@@ -219,11 +220,6 @@ class Checkpoint:
         faster with columns last, and equal to the reference's last bit.
         """
         model, places = self._vae()
-        on_gpu = device.type == "cuda"
-
-        def dtype_of(name: str) -> torch.dtype:
-            decodes = name.startswith(("decoder.", "post_quant_conv."))
-            return torch.bfloat16 if on_gpu and decodes else torch.float32
 
         def decode() -> None:
             with torch.device("meta"):
@@ -231,10 +227,11 @@ class Checkpoint:
                 for _ in vae.decode_frames(self._blank_state().latents.to("meta", torch.bfloat16), LATENTS_PER_PASS):
                     pass
 
+        dtype_of = partial(vae_dtype, device)
         weights = tensor_bytes(model.named_parameters(), dtype_of)
         check_room("VAE", device, {"weights": weights, **self._work(device, decode)})
         _fill(model, places, device, dtype_of)
-        if on_gpu:
+        if device.type == "cuda":
             model.lay_channels_last()
             decode_chunk(model, self._blank_state().latents, to_i420)  # what it takes is there before the first video
         return model
@@ -290,7 +287,7 @@ class Checkpoint:
         return model, _locate(model, folder, "diffusion_pytorch_model")
 
     def _text_encoder(self) -> tuple[UMT5EncoderModel, Places, Tokenizer]:
-        # Here, as it takes twice as long to import as torch: replicas of the transformer and of the VAE do without.
+        from tokenizers import Tokenizer
         from transformers import UMT5Config, UMT5EncoderModel
 
         folder = self._part("text_encoder")
@@ -351,6 +348,17 @@ def placement(device: str = "auto", dtype: str = "auto") -> tuple[torch.device, 
     return place, dtypes[dtype]
 
 
+def transformer_dtype(dtype: torch.dtype, name: str) -> torch.dtype:
+    """What a parameter of the transformer is loaded as, where `dtype` is asked for."""
+    return torch.float32 if FP32_PARAMETERS.intersection(name.split(".")) else dtype
+
+
+def vae_dtype(device: torch.device, name: str) -> torch.dtype:
+    """What a parameter of the VAE is loaded as: what decodes on a GPU as bf16, all else as fp32."""
+    decodes = name.startswith(("decoder.", "post_quant_conv."))
+    return torch.bfloat16 if device.type == "cuda" and decodes else torch.float32
+
+
 def use_threads(threads: int | None = None) -> None:
     """Sets the process's number of torch threads. By default half of the cores, because sampling and decoding overlap.
 
@@ -375,6 +383,9 @@ def download(model: str) -> Path:
 
 
 def _fetch(model: str, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
     unknown = f"model {model!r} is neither a folder, nor a hub id (owner/name), nor one of {', '.join(KNOWN_MODELS)}"
     if "/" not in model:  # the hub still has a few ids without an owner; none is a Helios
         raise CheckpointError(unknown)
@@ -403,6 +414,8 @@ def _check_disk(model: str, repository: str, folder: Path) -> None:
 
 def _listed(repository: str, part: str, commit: str) -> list[RepoFile]:
     """The weight files of one part, as the hub lists them. Raises CheckpointError if it is out of reach."""
+    from huggingface_hub import HfApi, RepoFile
+
     with _hub_errors(f"{repository}@{commit}"):
         files = HfApi().list_repo_tree(repository, part, revision=commit)
         return [each for each in files if isinstance(each, RepoFile) and each.path.endswith(".safetensors")]

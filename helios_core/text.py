@@ -9,16 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import ftfy
 import safetensors.torch
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from helios_core.config import TEXT_TOKENS
 from helios_core.errors import CheckpointError
 
-if TYPE_CHECKING:  # who imports this need not load it (checkpoints.py)
+if TYPE_CHECKING:  # who imports this need not load them (checkpoints.py)
+    from tokenizers import Tokenizer
     from transformers import UMT5EncoderModel
 
 
@@ -100,5 +99,7 @@ class TextEncoder:
 
 def clean(prompt: str) -> str:
     """The prompt as the model was trained to see it: mojibake mended, HTML entities resolved, white space folded."""
+    import ftfy  # here, as who has embeddings already does without
+
     text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
     return re.sub(r"\s+", " ", text).strip()

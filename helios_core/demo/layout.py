@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
 from helios_core.config import VARIANTS, SchedulerConfig, TransformerConfig, UniPCConfig, VaeConfig, Variant
 
-if TYPE_CHECKING:  # who imports this need not load it (checkpoints.py)
+if TYPE_CHECKING:  # who imports this need not load them (checkpoints.py)
+    from tokenizers import Tokenizer
     from transformers import UMT5Config
 
 Weights = dict[str, Tensor]  # parameter ▸ its value, contiguous
@@ -63,6 +63,8 @@ def write_layout(
 
 def make_tokenizer(words: Sequence[str] = ()) -> Tokenizer:
     """A Unigram tokenizer: a token for each of `words`, in whatever case, characters and bytes for all others."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
     special = ["<pad>", "</s>", "<unk>"]
     characters = ["▁", *(chr(c) for c in range(0x21, 0x7F))]
     vocabulary = [(piece, 0.0) for piece in special]

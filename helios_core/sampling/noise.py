@@ -25,7 +25,7 @@ def block_noise(shape: tuple[int, ...], gamma: float, generator: torch.Generator
     """
     b, c, t, h, w = shape
     blocks = torch.randn(b * c * t * (h // BLOCK) * (w // BLOCK), BLOCK * BLOCK, generator=generator)
-    blocks = blocks @ _block_factor(gamma).T
+    blocks = blocks @ block_factor(gamma).T
     return rearrange(
         blocks,
         "(b c t h w) (bh bw) -> b c t (h bh) (w bw)",
@@ -34,7 +34,7 @@ def block_noise(shape: tuple[int, ...], gamma: float, generator: torch.Generator
 
 
 @functools.lru_cache
-def _block_factor(gamma: float) -> Tensor:
+def block_factor(gamma: float) -> Tensor:
     """Lower Cholesky factor [4, 4], fp32, of the block covariance: 1 on the diagonal, -gamma elsewhere.
 
     For the official gamma = 1/3 the matrix is singular: its jitter of 1e-8 is lost in fp32, where the reference's

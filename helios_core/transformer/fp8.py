@@ -74,7 +74,7 @@ def to_fp8(model: HeliosTransformer) -> None:
     for block in list(model.blocks)[ends : len(model.blocks) - ends]:
         block.norm, block.add_norm = norm_fp8, add_norm_fp8
         look, cross, (up, _, down) = block.attn1, block.attn2, block.ffn.net
-        look.to_qkv = _fp8(JoinedLinear(look.to_q, look.to_k, look.to_v))
+        look.to_qkv = _fp8(look.to_qkv or JoinedLinear(look.to_q, look.to_k, look.to_v))
         del look.to_q, look.to_k, look.to_v
         look.to_out[0], cross.to_q, cross.to_out[0] = _fp8(look.to_out[0]), _fp8(cross.to_q), _fp8(cross.to_out[0])
         up.proj, block.ffn.net[1], block.ffn.net[2] = _fp8(up.proj), GeluQuantise(), _fp8(down)
