@@ -63,7 +63,7 @@ class CausalConv3d(nn.Conv3d):
         return super().forward(padded)
 
 
-def norm_silu_convolve(norm: RMSNorm, conv: CausalConv3d, x: Tensor, cache: Cache) -> Tensor:
+def _norm_silu_convolve(norm: RMSNorm, conv: CausalConv3d, x: Tensor, cache: Cache) -> Tensor:
     """`conv` of SiLU of `norm` of x, which is written where the convolution reads it."""
     padded = conv.room(x, cache)
     rms_norm_silu(x, norm.gamma, out=padded[:, :, conv.context :])
@@ -81,8 +81,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, cache: Cache) -> Tensor:
         shortcut: Tensor = self.conv_shortcut(x)
-        x = norm_silu_convolve(self.norm1, self.conv1, x, cache)
-        x = norm_silu_convolve(self.norm2, self.conv2, x, cache)
+        x = _norm_silu_convolve(self.norm1, self.conv1, x, cache)
+        x = _norm_silu_convolve(self.norm2, self.conv2, x, cache)
         return x.add_(shortcut)
 
 
@@ -149,7 +149,7 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor, cache: Cache) -> Tensor:
         if self.time_conv is not None:
             if self.time_conv in cache:
-                x = _interleaved(*self.time_conv(x, cache).chunk(2, dim=1))
+                x = _in_turn(self.time_conv(x, cache))
             else:
                 # The first frame is not doubled, nor do the next ones see it.
                 cache[self.time_conv] = x.new_zeros(())
@@ -207,7 +207,7 @@ class Encoder(nn.Module):
         for block in self.down_blocks:
             x = block(x, cache)
         x = self.mid_block(x, cache)
-        x = norm_silu_convolve(self.norm_out, self.conv_out, x, cache)
+        x = _norm_silu_convolve(self.norm_out, self.conv_out, x, cache)
         return x
 
 
@@ -234,7 +234,7 @@ class Decoder(nn.Module):
         x = self.mid_block(x, cache)
         for block in self.up_blocks:
             x = block(x, cache)
-        x = norm_silu_convolve(self.norm_out, self.conv_out, x, cache)
+        x = _norm_silu_convolve(self.norm_out, self.conv_out, x, cache)
         return x
 
 
@@ -328,12 +328,12 @@ def _per_frame(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return x
 
 
-def _interleaved(even: Tensor, odd: Tensor) -> Tensor:
-    """Frames of `even` and `odd` in turn: two of [B, C, T, H, W] as [B, C, 2 T, H, W]."""
-    b, c, t, h, w = even.shape
-    both = _empty((b, c, 2 * t, h, w), like=even)
-    both[:, :, ::2], both[:, :, 1::2] = even, odd
-    return both
+def _in_turn(x: Tensor) -> Tensor:
+    """Frames of the first and of the second half of the channels in turn: [B, 2 C, T, H, W] as [B, C, 2 T, H, W]."""
+    b, c, t, h, w = x.shape
+    frames = _empty((b, c // 2, 2 * t, h, w), like=x)
+    frames[:, :, ::2], frames[:, :, 1::2] = x.chunk(2, dim=1)
+    return frames
 
 
 def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:

@@ -11,12 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from av.video.reformatter import ColorRange, Colorspace
-from torch import Tensor
+from torch import Tensor, nn
 
 from helios_core import checkpoints
 from helios_core.config import VaeConfig
 from helios_core.vae.latents import LATENTS_PER_PASS, decode_chunk, denormalise, normalise, to_i420, to_uint8
-from helios_core.vae.model import CausalConv3d, Downsample, ResidualBlock, Upsample, WanVae
+from helios_core.vae.model import Attention, Doubling, MidBlock, ResidualBlock, Upsample, WanVae
 
 TINY = VaeConfig(base_dim=4, num_res_blocks=1)
 TINY_FOLDED = VaeConfig(
@@ -66,18 +66,19 @@ def test_one_latent_is_one_frame(vae: WanVae) -> None:
 def test_channels_stay_last_from_layer_to_layer(vae: WanVae) -> None:
     last = copy.deepcopy(vae)
     last.lay_channels_last()
-    layers = [
-        layer for layer in last.modules() if isinstance(layer, CausalConv3d | ResidualBlock | Upsample | Downsample)
-    ]
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     lie_so = []
+
+    def note(_: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> None:
+        lie_so.extend(x.is_contiguous(memory_format=formats[x.dim()]) for x in (given[0], made))
+
+    layers = [x for x in last.modules() if isinstance(x, ResidualBlock | Upsample | Doubling | MidBlock | Attention)]
     for layer in layers:
-        layer.register_forward_hook(
-            lambda _, __, x: lie_so.append(x.is_contiguous(memory_format=torch.channels_last_3d))
-        )
+        layer.register_forward_hook(note)
     z, frames = latents(seed=1, t=3), video(seed=1, t=9)
     torch.testing.assert_close(last.decode(z), vae.decode(z), rtol=0, atol=1e-5)
     torch.testing.assert_close(last.encode(frames)[0], vae.encode(frames)[0], rtol=0, atol=1e-5)
-    assert len(lie_so) >= len(layers)
+    assert len(lie_so) >= 2 * len(layers)
     assert all(lie_so)
 
 
