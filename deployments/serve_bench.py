@@ -1,8 +1,8 @@
 """`helios bench --serve`: what the service adds to the bare model.
 
 One video at a time is streamed over HTTP from a service of its own, and made by `Helios.stream` in this process, with
-the same number of torch threads, taking turns. The bare loop does one thing after the other; the service overlaps a
-chunk's sampling with the rendering of the one before, so that it can also come out ahead.
+the same number of torch threads, taking turns. Both overlap a chunk's sampling with the decoding of the one before; the
+bare loop's fragments are encoded in its own thread.
 """
 
 from __future__ import annotations
