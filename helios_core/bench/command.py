@@ -121,11 +121,11 @@ def _header(bench: Bench, arguments: Sequence[str]) -> dict[str, Any]:
     if on_gpu:
         versions |= {"CUDA": torch.version.cuda, "cuDNN": str(torch.backends.cudnn.version())}
         versions |= {"driver": next(iter(ask_gpu(device, "driver_version")), None)}
-    cpu = f"{_cpu()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
+    cpu = f"{cpu()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
     return {
         "hardware": f"{torch.cuda.get_device_name(device)}; {cpu}" if on_gpu else cpu,
         "versions": ", ".join(f"{name} {number}" for name, number in versions.items() if number),
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "-m", "helios_core.bench", *arguments]),
         "model": f"{model.card.id}, {config.num_layers} layers, {config.hidden_dim} wide; "
@@ -148,7 +148,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu() -> str:
+def cpu() -> str:
     """The processor's name, where the kernel tells it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
@@ -156,7 +156,7 @@ def _cpu() -> str:
     return next(names, platform.machine())
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """Of the working tree that this runs from, marked if files differ from it; None outside of one."""
     describe = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     try:

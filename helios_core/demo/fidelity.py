@@ -15,6 +15,7 @@ import random
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
+from helios_core.bench.command import commit, cpu
 from helios_core.config import CHUNK_FRAMES, EXACT, NATIVE_FPS, Approximations
 from helios_core.demo import world
 from helios_core.demo.evaluate import CHUNK_SECONDS, held_out
@@ -126,7 +128,7 @@ def table(found: dict[str, Fidelity]) -> Table:
 
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--prompts", type=int, default=4, help="held out from training")
     parser.add_argument("--chunks", type=int, default=20)
     parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args(arguments)
@@ -135,8 +137,10 @@ def main(arguments: Sequence[str]) -> None:
     Console(width=140).print(table(found))
     setting = {
         "command": " ".join(["python -m helios_core.demo.fidelity", *arguments]),
-        "hardware": platform.processor() or platform.machine(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "hardware": cpu(),
+        "versions": f"python {platform.python_version()}, torch {torch.__version__}",
+        "commit": commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "model": "demo, fp32, {}x{}".format(*world.SIZE),
         "prompts": options.prompts,
         "chunks": options.chunks,
