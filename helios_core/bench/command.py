@@ -121,9 +121,9 @@ def _header(bench: Bench, arguments: Sequence[str]) -> dict[str, Any]:
     if on_gpu:
         versions |= {"CUDA": torch.version.cuda, "cuDNN": str(torch.backends.cudnn.version())}
         versions |= {"driver": next(iter(ask_gpu(device, "driver_version")), None)}
-    cpu = f"{cpu()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
+    host = f"{cpu()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
     return {
-        "hardware": f"{torch.cuda.get_device_name(device)}; {cpu}" if on_gpu else cpu,
+        "hardware": f"{torch.cuda.get_device_name(device)}; {host}" if on_gpu else host,
         "versions": ", ".join(f"{name} {number}" for name, number in versions.items() if number),
         "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
