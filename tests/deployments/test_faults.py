@@ -30,7 +30,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 from ray._private.internal_api import global_gc, node_stats
 
-from deployments.cli import free_port
 from deployments.config import AppConfig
 from deployments.records import VideoRecord
 from deployments.service import APP_NAME, run_service
@@ -95,12 +94,12 @@ class Service:
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def service(tmp_path_factory: pytest.TempPathFactory, shared_ray: int) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("faults")
     sampler = {"min_replicas": SAMPLERS, "max_replicas": SAMPLERS, "min_chunk_seconds": CHUNK_SECONDS}
     config = AppConfig(
         store=str(folder / "store"),
-        port=free_port(),
+        port=shared_ray,
         testing=True,
         store_patience_s=2.0,
         torch_threads=1,
