@@ -92,6 +92,6 @@ def test_who_is_admitted_does_not_notice_who_is_not(clients: tuple[httpx.Client,
     assert len(waiting) <= QUEUED
     assert all(video["estimated_start_at"] for video in waiting)
 
-    data = {video["seed"]: http.get(f"/v1/videos/{video['id']}/content").content for video in accepted}
-    assert data == {seed: by_library(seed) for seed in data}
+    alone = {video["seed"]: by_library(video["seed"]) for video in accepted}
+    assert {video["seed"]: http.get(f"/v1/videos/{video['id']}/content").content for video in accepted} == alone
     assert http.post("/v1/videos", json=WANTED).status_code == 200
