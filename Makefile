@@ -46,13 +46,20 @@ demo-checkpoint: $(VENV)/run.stamp  ## the demo model from nothing, on two cores
 
 # Versions are those of constraints.txt. PyPI's torch for Linux brings gigabytes of CUDA libraries: for a machine without
 # a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu takes the small build instead.
-PIP = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt \
+# Compiled here on all cores, by pip on one. It has to be: processes that may write nothing would compile at each start.
+# What is not of this Python's syntax is left out, as pip does.
+PIP = $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt \
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+COMPILE = $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
+
 $(VENV)/run.stamp: pyproject.toml constraints.txt
 	python3 -m venv $(VENV)
 	$(PIP) -e .
+	$(COMPILE)
 	touch $@
 
-$(VENV)/dev.stamp: $(VENV)/run.stamp
+$(VENV)/dev.stamp: pyproject.toml constraints.txt
+	python3 -m venv $(VENV)
 	$(PIP) -e ".[dev]"
-	touch $@
+	$(COMPILE)
+	touch $(VENV)/run.stamp $@  # who has these has those

@@ -49,13 +49,7 @@ def run_service(config: AppConfig) -> Iterator[str]:
         try:
             if address == "local":
                 _check_port(config.host, config.port)
-                # Read by each of Serve's processes. A service that goes leaves no time to those who watch.
-                os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = str(int(config.haproxy))
-                os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "1"
-                os.environ["RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S"] = str(config.idle_seconds)
-                os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = "deployments.request_ids.before_serve"
-                for name, value in MALLOC.items():
-                    os.environ.setdefault(name, value)
+                os.environ.update(environment(config))
                 _start_ray(
                     include_dashboard=False,
                     object_store_memory=OBJECT_STORE_BYTES,
@@ -85,6 +79,17 @@ def run_service(config: AppConfig) -> Iterator[str]:
                 else:
                     serve.delete(APP_NAME)  # other applications of the cluster are not ours to stop
                 ray.shutdown()
+
+
+def environment(config: AppConfig) -> dict[str, str]:
+    """What Ray is to be started with, as each of Serve's processes reads it."""
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": str(int(config.haproxy)),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # a service that goes leaves no time to those who watch
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(config.idle_seconds),
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.request_ids.before_serve",
+        **{name: os.environ.get(name, value) for name, value in MALLOC.items()},
+    }
 
 
 def _start_ray(**options: Any) -> None:

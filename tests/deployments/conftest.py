@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -11,13 +12,14 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
+from ray.cluster_utils import Cluster
 
 from deployments.cli import free_port
 from deployments.config import AppConfig
 from deployments.director import Director
 from deployments.ingress import http_app
 from deployments.keys import new_key
-from deployments.service import run_service
+from deployments.service import OBJECT_STORE_BYTES, environment, run_service
 from deployments.store import Store
 from deployments.tracing import Tracer
 from helios_core.checkpoints import Checkpoint
@@ -25,13 +27,20 @@ from tests.core.media_files import write_samples
 from tests.deployments.s3 import S3Server
 from tests.deployments.test_director import GatedGraph
 
-# The modules that share a service. They come last, as Ray starts once at a time; first the one that measures memory.
+# The modules that share a service, the one that measures memory first.
 SHARING = ["test_ten_minutes", "test_service", "test_uploads"]
 MAX_UPLOAD_BYTES = 2 << 20  # of the shared service
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: SHARING.index(item.path.stem) if item.path.stem in SHARING else -1)
+    """First the tests that start a Ray of their own or none, then those on the shared one: there is one at a time."""
+
+    def place(item: pytest.Item) -> tuple[bool, int]:
+        module = item.path.stem
+        on_shared_ray = "shared_ray" in getattr(item, "fixturenames", ())
+        return on_shared_ray, SHARING.index(module) if module in SHARING else -1
+
+    items.sort(key=place)
 
 
 @dataclass(frozen=True)
@@ -41,10 +50,24 @@ class Served:
 
 
 @pytest.fixture(scope="session")
-def shared_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """The stand-in with random weights in real processes, of which each start takes 15 s."""
+def shared_ray() -> Iterator[int]:
+    """A Ray that every `run_service` from here on joins, and the port of its Serve. A start of Ray and Serve and a stop
+    take as long as that of all replicas."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment(AppConfig()).items():
+            patch.setenv(name, value)
+        head = {"num_cpus": os.cpu_count(), "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        patch.setenv("RAY_ADDRESS", cluster.address)
+        yield free_port()
+        cluster.shutdown()
+
+
+@pytest.fixture(scope="session")
+def shared_service(tmp_path_factory: pytest.TempPathFactory, shared_ray: int) -> Iterator[Served]:
+    """The stand-in with random weights in real processes, of which each start takes 10 s."""
     store = tmp_path_factory.mktemp("store")
-    config = AppConfig(store=str(store), port=free_port()).override(uploads={"max_bytes": MAX_UPLOAD_BYTES})
+    config = AppConfig(store=str(store), port=shared_ray).override(uploads={"max_bytes": MAX_UPLOAD_BYTES})
     with run_service(config.with_model("random")) as url:
         yield Served(url, store)
 

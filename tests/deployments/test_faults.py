@@ -30,7 +30,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 from ray._private.internal_api import global_gc, node_stats
 
-from deployments.cli import free_port
 from deployments.config import AppConfig
 from deployments.records import VideoRecord
 from deployments.service import APP_NAME, run_service
@@ -40,7 +39,7 @@ pytestmark = pytest.mark.ray
 
 TRIALS = int(os.environ.get("TRIALS", "2"))
 SAMPLERS = 2
-CHUNK_SECONDS = 0.5  # of sampling, paced: so that a kill finds a sampler in the midst of a chunk
+CHUNK_SECONDS = 0.3  # of sampling, paced: so that a kill finds a sampler in the midst of a chunk
 REPLICAS = {"Sampler": SAMPLERS, "VaeDecoder": 1, "TextEncoder": 1, "Director": 1, "Ingress": 1}
 
 Body = dict[str, Any]
@@ -95,12 +94,12 @@ class Service:
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def service(tmp_path_factory: pytest.TempPathFactory, shared_ray: int) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("faults")
     sampler = {"min_replicas": SAMPLERS, "max_replicas": SAMPLERS, "min_chunk_seconds": CHUNK_SECONDS}
     config = AppConfig(
         store=str(folder / "store"),
-        port=free_port(),
+        port=shared_ray,
         testing=True,
         store_patience_s=2.0,
         torch_threads=1,

@@ -22,7 +22,6 @@ from openai.types import Video
 from PIL import Image
 from ray import serve
 
-from deployments.cli import free_port
 from deployments.config import AppConfig
 from deployments.service import APP_NAME, run_service
 from tests.core import media_files
@@ -39,9 +38,9 @@ CLIP = ("clip.mp4", media_files.video(48), "video/mp4")
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory, key: tuple[str, Path]) -> Iterator[str]:
+def url(tmp_path_factory: pytest.TempPathFactory, key: tuple[str, Path], shared_ray: int) -> Iterator[str]:
     config = AppConfig(
-        store=str(tmp_path_factory.mktemp("store")), port=free_port(), testing=True, torch_threads=1
+        store=str(tmp_path_factory.mktemp("store")), port=shared_ray, testing=True, torch_threads=1
     ).override(
         keys=str(key[1]),
         models=[

@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from deployments.cli import free_port
 from deployments.config import AppConfig
 from deployments.keys import new_key
 from deployments.service import run_service
@@ -29,14 +28,14 @@ WANTED = {"prompt": "a red sun over a blue sea", "seconds": 3 * 33 / 24, "size":
 
 
 @pytest.fixture(scope="module")
-def clients(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[httpx.Client, httpx.Client]]:
+def clients(tmp_path_factory: pytest.TempPathFactory, shared_ray: int) -> Iterator[tuple[httpx.Client, httpx.Client]]:
     """One with a key for videos, and one with a key for metrics."""
     folder = tmp_path_factory.mktemp("overload")
     token, key = new_key("acme", "videos", None)
     metrics_token, metrics = new_key(None, "metrics", None)
     (folder / "keys.json").write_text(json.dumps({"keys": [key.model_dump(), metrics.model_dump()]}))
     sampler = {"min_replicas": SAMPLERS, "max_replicas": SAMPLERS, "min_chunk_seconds": CHUNK_SECONDS}
-    config = AppConfig(store=str(folder / "store"), port=free_port(), testing=True, torch_threads=1).override(
+    config = AppConfig(store=str(folder / "store"), port=shared_ray, testing=True, torch_threads=1).override(
         keys=str(folder / "keys.json"),
         models=[{"model": "random", "sampler": sampler}],
         admission={"videos_per_sampler": VIDEOS_PER_SAMPLER, "queued": QUEUED},
@@ -93,6 +92,6 @@ def test_who_is_admitted_does_not_notice_who_is_not(clients: tuple[httpx.Client,
     assert len(waiting) <= QUEUED
     assert all(video["estimated_start_at"] for video in waiting)
 
-    data = {video["seed"]: http.get(f"/v1/videos/{video['id']}/content").content for video in accepted}
-    assert data == {seed: by_library(seed) for seed in data}
+    alone = {video["seed"]: by_library(video["seed"]) for video in accepted}
+    assert {video["seed"]: http.get(f"/v1/videos/{video['id']}/content").content for video in accepted} == alone
     assert http.post("/v1/videos", json=WANTED).status_code == 200

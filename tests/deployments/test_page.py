@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from playwright.sync_api import Browser, expect
 
-from deployments.cli import free_port
 from deployments.config import AppConfig
 from deployments.service import run_service
 from helios_core.config import CHUNK_FRAMES
@@ -36,9 +35,9 @@ CONTROLS = "a[href], button, input, select, textarea, summary, .pane video"
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory, key: tuple[str, Path]) -> Iterator[str]:
+def url(tmp_path_factory: pytest.TempPathFactory, key: tuple[str, Path], shared_ray: int) -> Iterator[str]:
     demo = {"model": "demo", "sampler": {"min_chunk_seconds": PACE, "min_replicas": 2, "max_replicas": 2}}
-    config = AppConfig(store=str(tmp_path_factory.mktemp("store")), port=free_port())
+    config = AppConfig(store=str(tmp_path_factory.mktemp("store")), port=shared_ray)
     with run_service(config.override(models=[demo], testing=True, torch_threads=1, keys=str(key[1]))) as url:
         yield url
 

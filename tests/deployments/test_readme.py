@@ -15,7 +15,6 @@ import av
 import httpx
 import pytest
 
-from deployments.cli import free_port
 from deployments.config import AppConfig
 from deployments.service import run_service
 
@@ -33,9 +32,9 @@ CURLS = [
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def url(tmp_path_factory: pytest.TempPathFactory, shared_ray: int) -> Iterator[str]:
     """Of a service as `make serve` starts it, but for port and store."""
-    with run_service(AppConfig(store=str(tmp_path_factory.mktemp("store")), port=free_port())) as url:
+    with run_service(AppConfig(store=str(tmp_path_factory.mktemp("store")), port=shared_ray)) as url:
         yield url
 
 
