@@ -31,6 +31,7 @@ from ray.serve.handle import DeploymentHandle
 from deployments.making import InputLost, ReplicaLost
 from helios_core.errors import HeliosError
 
+HEARD_WITHIN_S = 0.2  # so long a replica's beginning may take to be heard of
 REPLICA_LOST = (
     *(RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError, TaskCancelledError),  # Ray's
     *(ReplicaUnavailableError, DeploymentUnavailableError),  # Serve's
@@ -77,26 +78,34 @@ async def call_to_its_end(handle: DeploymentHandle, method: str, *args: Any) -> 
     """`call`, but a replica at work is not interrupted: a cancelled caller is released when it has ended.
 
     Ray tells at once that a cancelled call is over, while its replica is still at work (measured): a caller that
-    must know that nothing is written any more has to let it finish. In the instant between a replica's beginning and
-    this process's hearing of it, a call is still cancelled as by `call`.
+    must know that nothing is written any more has to let it finish. That a replica has begun is heard of a little
+    later, on a busy machine by tens of milliseconds: for HEARD_WITHIN_S a cancelled call that is taken to be waiting is
+    left in its queue.
     """
     with errors_told_apart():
         response = handle.options(method_name=method, _by_reference=True).remote(*args)
+        accepted = asyncio.ensure_future(response._to_object_ref())  # ends when a replica has accepted the call
         try:
-            result = await response._to_object_ref()  # returns when a replica has accepted the call
+            result = await asyncio.shield(accepted)
         except asyncio.CancelledError:
-            response.cancel()
+            await asyncio.wait([accepted], timeout=HEARD_WITHIN_S)
+            if not accepted.done():
+                response.cancel()
+                await asyncio.wait([accepted])
+            if not accepted.cancelled() and accepted.exception() is None:
+                await asyncio.wait([asyncio.ensure_future(_fetch(accepted.result()))])
             raise
         return await _ended(result)
+
+
+async def _fetch(result: ObjectRef) -> Any:
+    return await result
 
 
 async def _ended(result: ObjectRef) -> Any:
     """The result of a call that a replica has accepted. A cancelled caller is released when the call has ended."""
 
-    async def fetch() -> Any:
-        return await result
-
-    ended = asyncio.ensure_future(fetch())
+    ended = asyncio.ensure_future(_fetch(result))
     try:
         return await asyncio.shield(ended)
     except asyncio.CancelledError:
