@@ -12,12 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from helios_core.vae.norm import SHORTEST
-
 BLOCK = 4096  # numbers per program: 32 for each of its 128 threads
 
 
-def launch_rms_norm_silu(x: Tensor, gamma: Tensor, out: Tensor) -> None:
+def launch_rms_norm_silu(x: Tensor, gamma: Tensor, out: Tensor, shortest: float) -> None:
     """`helios_core.vae.norm.rms_norm_silu` for x and out [B, C, T, H, W] whose channels lie last in memory."""
     x = x.contiguous(memory_format=torch.channels_last_3d)
     b, c, t, h, w = x.shape
@@ -27,7 +25,7 @@ def launch_rms_norm_silu(x: Tensor, gamma: Tensor, out: Tensor) -> None:
     block_p = max(1, BLOCK // block_c)
     with torch.cuda.device_of(x):
         _rms_norm_silu[triton.cdiv(pixels, block_p), b](
-            x, gamma, out, pixels, x.stride(0), out.stride(0), math.sqrt(c), SHORTEST, c, block_p, block_c
+            x, gamma, out, pixels, x.stride(0), out.stride(0), math.sqrt(c), shortest, c, block_p, block_c
         )
 
 

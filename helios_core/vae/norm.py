@@ -40,7 +40,7 @@ def rms_norm_silu(x: Tensor, gamma: Tensor, out: Tensor) -> None:
     if x.device.type == "cuda" and not x.requires_grad:
         from helios_core.vae.kernels import launch_rms_norm_silu  # here, as Triton comes with torch for a GPU only
 
-        launch_rms_norm_silu(x, gamma, out)
+        launch_rms_norm_silu(x, gamma, out, SHORTEST)
     else:
         out.copy_(F.silu(rms_norm(x.float(), gamma), inplace=True))
 

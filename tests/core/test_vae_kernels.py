@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from helios_core.vae.kernels import launch_rms_norm_silu
-from helios_core.vae.norm import rms_norm, rms_norm_silu
+from helios_core.vae.norm import SHORTEST, rms_norm, rms_norm_silu
 
 SHAPES = [(1, 96, 1, 3, 5), (2, 17, 2, 4, 6), (1, 384, 2, 2, 3)]
 
@@ -52,7 +52,7 @@ def test_the_kernel_computes_what_the_cpu_does(shape: tuple[int, ...], dtype: to
     expected = torch.empty(shape)
     rms_norm_silu(x.float(), gamma.float(), expected)
     room = torch.full((b, c, 2 + t, h, w), 7.0, dtype=dtype).contiguous(memory_format=torch.channels_last_3d)
-    launch_rms_norm_silu(x, gamma, room[:, :, 2:])
+    launch_rms_norm_silu(x, gamma, room[:, :, 2:], SHORTEST)
     assert (room[:, :, :2] == 7).all()
     if dtype == torch.float32:
         assert (room[:, :, 2:] - expected).abs().max() <= 2e-6 * expected.abs().max()
@@ -64,4 +64,4 @@ def test_the_kernel_computes_what_the_cpu_does(shape: tuple[int, ...], dtype: to
 def test_the_kernel_wants_channels_last() -> None:
     x = torch.ones(SHAPES[0])
     with pytest.raises(ValueError, match="needed: channels last"):
-        launch_rms_norm_silu(x, torch.ones(96, 1, 1, 1), torch.empty(SHAPES[0]))
+        launch_rms_norm_silu(x, torch.ones(96, 1, 1, 1), torch.empty(SHAPES[0]), SHORTEST)
