@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import statistics
 import subprocess
@@ -21,6 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from rich.table import Table
 from deployments.cli import free_port, parse_steps
 from deployments.config import AppConfig
 from deployments.timeline import Video, pick, read
+from helios_core.bench.command import commit, cpu
 from helios_core.config import CHUNK_FRAMES, NATIVE_FPS
 from helios_core.errors import HeliosError
 from helios_core.helios import Helios
@@ -78,6 +81,9 @@ def main(arguments: Sequence[str]) -> None:
         spans = read(trace_file)
         traced = [pick(spans, video_id) for video_id in videos]
     setting = {
+        "hardware": f"{cpu()}, {os.cpu_count()} cores",
+        "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "ray", "av", "helios-serve")),
+        "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["helios", "bench", *arguments]),
         "device": str(bare.sampler.model.device),
@@ -153,7 +159,7 @@ def _make(bare: Helios, chunks: int, steps: tuple[int, ...]) -> Run:
     """The same video without a service, each chunk as it would be sent."""
     begin, ends = time.perf_counter(), []
     for chunk in bare.stream(PROMPT, seconds=chunks * CHUNK_FRAMES / NATIVE_FPS, steps=steps):
-        encode_fragment(chunk.frames, chunk_index=chunk.index, first_frame=chunk.index * CHUNK_FRAMES, fps=NATIVE_FPS)
+        encode_fragment(chunk.yuv, chunk_index=chunk.index, first_frame=chunk.index * CHUNK_FRAMES, fps=NATIVE_FPS)
         ends.append(time.perf_counter() - begin)
     return Run.of(chunks, ends[0], ends[-1])
 
