@@ -72,6 +72,12 @@ class Report:
             _say(row.line())
             self._write()
 
+    def failed(self, section: str, reason: str) -> None:
+        """What went wrong in a section, in place of the rows that it still owes."""
+        self.document.setdefault("failed", {})[section] = reason
+        _say(reason)
+        self._write()
+
     def end(self) -> None:
         """The last line of stdout is the whole as JSON."""
         _say(json.dumps(self.document))

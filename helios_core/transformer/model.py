@@ -128,7 +128,7 @@ class HeliosTransformer(nn.Module):
         Raises ValueError if h or w is odd.
         """
         frames, height, width = self._grid(latents_BCTHW)
-        noisy = rearrange(self.patch_embedding(latents_BCTHW.to(self.dtype)), "b d t h w -> b (t h w) d")
+        noisy = rearrange(self.patch_embedding(latents_BCTHW.to(self.dtype)), "b d t h w -> b (t h w) d").contiguous()
         rope = rope_table(self.config, CHUNK_NUMBERS, height, width, self.device)
         time_11D, modulation = self._modulation(timestep)
 

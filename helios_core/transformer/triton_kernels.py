@@ -98,9 +98,10 @@ def _write_heads_kernel(
     else:
         gain_ptr = gain_k_ptr if part == 1 else gain_q_ptr
         c = projected_ptr.dtype.element_ty
-        x = x.to(tl.float32)
-        x = x * tl.rsqrt(tl.sum(x * x, 0) / dim + eps) * tl.load(gain_ptr + channel, inside, other=0.0).to(tl.float32)
-        a, b = tl.split(tl.reshape(x.to(c).to(tl.float32), (BLOCK // 2, 2)))
+        wide = x.to(tl.float32)
+        gain = tl.load(gain_ptr + channel, inside, other=0.0).to(tl.float32)
+        normed = wide * tl.rsqrt(tl.sum(wide * wide, 0) / dim + eps) * gain
+        a, b = tl.split(tl.reshape(normed.to(c).to(tl.float32), (BLOCK // 2, 2)))
         pair = tl.arange(0, BLOCK // 2)
         angle = token * pairs + pair % pairs
         cos = tl.load(rope_ptr + angle, pair < dim // 2, other=0.0)
@@ -152,7 +153,8 @@ def launch_add_norm(
     normed = results.pop(0) if gain is not None else None
     scale = results.pop(0) if results else None
     b, tokens, dim = (x if update is None else update).shape
-    x = x.expand(b, -1, -1)
+    x = _rows(x, b)
+    update = None if update is None else _rows(update, b)
     with torch.cuda.device_of(x):
         _add_norm_kernel[(b * tokens,)](
             x,
@@ -193,7 +195,7 @@ def launch_write_heads(
         raise ValueError(f"keys and values lie with strides {keys.stride()} and {values.stride()}")
     dim = heads * head_dim
     parts = 2 if queries is None else 3
-    projected = projected.expand(b, -1, -1)
+    projected = _rows(projected, b)
     with torch.cuda.device_of(projected):
         _write_heads_kernel[(b * tokens, parts)](
             projected,
@@ -227,6 +229,7 @@ def launch_rms_norm(x: Tensor, gain: Tensor, eps: float, out: Tensor) -> None:
 def launch_quantise(x: Tensor, gelu: bool, values: Tensor, scale: Tensor) -> None:
     """See kernels.py."""
     b, tokens, dim = x.shape
+    x = _rows(x, b)
     with torch.cuda.device_of(x):
         _quantise_kernel[(b * tokens,)](
             x,
@@ -239,6 +242,13 @@ def launch_quantise(x: Tensor, gelu: bool, values: Tensor, scale: Tensor) -> Non
             BLOCK=triton.next_power_of_2(dim),
             num_warps=_warps(dim),
         )
+
+
+def _rows(x: Tensor, batch: int) -> Tensor:
+    """`x` for so many of a batch. Raises ValueError if channels do not lie side by side."""
+    if x.stride(-1) != 1:
+        raise ValueError(f"rows {tuple(x.shape)} lie with strides {x.stride()}; needed: 1 from channel to channel")
+    return x.expand(batch, -1, -1)
 
 
 def _warps(dim: int) -> int:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -18,6 +22,7 @@ from helios_core.transformer import kernels
 from helios_core.transformer.kernels import Affine
 from helios_core.transformer.model import FP32_PARAMETERS, HeliosTransformer
 
+ROOT = Path(__file__).parents[2]
 BATCH, TOKENS, HEADS, HEAD_DIM = 2, 5, 3, 20  # no power of two among them
 DIM = HEADS * HEAD_DIM
 EPS = 1e-6
@@ -129,6 +134,23 @@ def test_quantised(dtype: torch.dtype) -> None:
         tolerance = 2e-6 if dtype == torch.float32 else 2**-6
         assert (values - exact_values).abs().max() <= tolerance * 448
         assert (plain.values.float() - exact_values).abs().max() <= 16  # half a step between 256 and 448
+
+
+def test_every_kernel_compiles_for_hopper_and_reads_16_bytes_at_once() -> None:
+    """What is interpreted need not compile: types are looser."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.core.hopper"]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    loads = [line.split() for line in run.stdout.splitlines()]
+    assert Counter(name for name, _ in loads) == {
+        "_add_norm_kernel": 11,
+        "_write_heads_kernel": 4,
+        "_rms_norm_kernel": 2,
+        "_rms_norm_silu": 2,
+        "_quantise_kernel": 2,
+    }
+    assert all(int(count) > 0 for _, count in loads)
 
 
 def test_a_row_of_zeros_stays_zero() -> None:

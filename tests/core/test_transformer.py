@@ -12,8 +12,10 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 
 from helios_core.config import TransformerConfig
+from helios_core.transformer.attention import _backend
 from helios_core.transformer.fp8 import Fp8Linear, to_fp8
 from helios_core.transformer.history import CHUNK_NUMBERS, LONG_NUMBERS, MID_NUMBERS, SHORT_NUMBERS
 from helios_core.transformer.kernels import quantise
@@ -309,6 +311,18 @@ def test_the_ends_of_a_deep_model_stay_exact() -> None:
     to_fp8(deep)
     kinds = [type(block.attn2.to_q) for block in deep.blocks]
     assert kinds == [nn.Linear] * 3 + [Fp8Linear] * 34 + [nn.Linear] * 3
+
+
+def test_attention_names_its_kernel_by_the_chip() -> None:
+    device = torch.device("cuda")
+    chosen = {}
+    for major in (7, 8, 9):
+        _backend.cache_clear()
+        with mock.patch("torch.cuda.get_device_capability", return_value=(major, 0)):
+            chosen[major] = _backend(device)
+    _backend.cache_clear()
+    assert chosen == {7: None, 8: SDPBackend.FLASH_ATTENTION, 9: SDPBackend.CUDNN_ATTENTION}
+    assert _backend(torch.device("cpu")) is None
 
 
 def test_sizes_that_fp8_cannot_have() -> None:

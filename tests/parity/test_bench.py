@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -74,6 +75,7 @@ def test_every_section_says_what_it_measured(document: dict[str, Any]) -> None:
     for row in (row for rows in sections.values() for row in rows if "median_s" in row):
         assert 0 < row["p10_s"] <= row["median_s"] <= row["p90_s"]
     exact, approximate = sections["chunks"][0], sections["chunks"][3]
+    assert exact["the same twice"] is True
     assert "share_of_roofline" in exact and "share_of_roofline" not in approximate
     assert 1e-4 < approximate["off exact latents by"] < 0.3
     for name in ("text", "begin", "stages", "vae"):
@@ -155,6 +157,15 @@ def test_what_ends_a_run_costs_no_row_that_was_measured(tmp_path: Path, capsys: 
     *table, last = capsys.readouterr().out.splitlines()
     assert json.loads(last) == json.loads(file.read_text())
     assert "thing 1" in table[-1] and "GiB 1.5" in table[-1]
+
+
+def test_a_section_that_fails_costs_the_others_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "bench.json"
+    with mock.patch.dict(SECTIONS, text=lambda bench: iter([][0])), pytest.raises(SystemExit, match="1"):
+        main([*TINY, *QUICK, "--sections", "text", "memory", "--json", str(file)])
+    written = json.loads(file.read_text())
+    assert "IndexError" in written["failed"]["text"] and written["sections"]["memory"]
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == written
 
 
 def test_it_runs_where_there_is_nothing_but_torch_numpy_einops_and_safetensors() -> None:

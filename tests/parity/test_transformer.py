@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from diffusers import HeliosTransformer3DModel
 from torch import Tensor, nn
 
 from helios_core.config import TransformerConfig
+from helios_core.transformer import kernels
 from helios_core.transformer.model import FP32_PARAMETERS, HeliosTransformer
 
 CONFIGS = {
@@ -186,6 +188,18 @@ def test_two_texts_in_one_pass(pair: Pair, stage: int) -> None:
     expected = [run_reference(theirs, dataclasses.replace(inputs, text=i.text), latents, 742) for i in (inputs, other)]
     assert (expected[0] - expected[1]).std() > 0.005
     velocity = run_ours(ours, guided(inputs, other), latents, 742)
+    torch.testing.assert_close(velocity, torch.cat(expected), rtol=0, atol=1e-5)
+
+
+def test_two_texts_by_the_fused_kernels() -> None:
+    """In Triton's interpreter, where a GPU would take them."""
+    theirs, ours = make_pair(CONFIGS["three-layers"])
+    ours.join()
+    inputs, other = draw(ours.config, 8, 16), draw(ours.config, 8, 16, seed=1)
+    latents = inputs.at(0)
+    expected = [run_reference(theirs, dataclasses.replace(inputs, text=i.text), latents, 742) for i in (inputs, other)]
+    with torch.no_grad(), mock.patch.object(kernels, "_plain", lambda x: False):
+        velocity = run_ours(ours, guided(inputs, other), latents, 742)
     torch.testing.assert_close(velocity, torch.cat(expected), rtol=0, atol=1e-5)
 
 
