@@ -37,12 +37,16 @@ def rms_norm_silu(x: Tensor, gamma: Tensor, out: Tensor) -> None:
 
     On a GPU one kernel, without a gradient, reads and writes each number once, where torch passes over them ten times.
     """
-    if x.device.type == "cuda" and not x.requires_grad:
+    if _plain(x):
+        out.copy_(F.silu(rms_norm(x.float(), gamma), inplace=True))
+    else:
         from helios_core.vae.kernels import launch_rms_norm_silu  # here, as Triton comes with torch for a GPU only
 
         launch_rms_norm_silu(x, gamma, out, SHORTEST)
-    else:
-        out.copy_(F.silu(rms_norm(x.float(), gamma), inplace=True))
+
+
+def _plain(x: Tensor) -> bool:
+    return x.device.type != "cuda" or x.requires_grad
 
 
 def _lengths(x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from unittest import mock
 
 import av
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from helios_core import checkpoints
 from helios_core.config import VaeConfig
+from helios_core.vae import norm
 from helios_core.vae.latents import LATENTS_PER_PASS, decode_chunk, denormalise, normalise, to_i420, to_uint8
 from helios_core.vae.model import Attention, Doubling, MidBlock, ResidualBlock, Upsample, WanVae
 
@@ -232,3 +234,16 @@ def test_on_a_gpu_decoding_is_bf16_with_channels_last_and_encoding_fp32(monkeypa
         assert {p.dtype for part in parts for p in part.parameters()} == {dtype}
     kernels = [p for p in vae.parameters() if p.dim() == 5]
     assert all(kernel.is_contiguous(memory_format=torch.channels_last_3d) for kernel in kernels)
+
+
+def test_the_fused_kernel_and_channels_last_give_the_same_video(vae: WanVae) -> None:
+    """In Triton's interpreter, where a GPU would take it, with several latents per pass."""
+    z = latents(seed=1, t=4)
+    plain = vae.decode(z)
+    last = copy.deepcopy(vae)
+    last.lay_channels_last()
+    with torch.no_grad(), mock.patch.object(norm, "_plain", lambda x: False):
+        fused = torch.cat(list(last.decode_frames(z, LATENTS_PER_PASS)), dim=2)
+        moments = last.encode(plain)
+    torch.testing.assert_close(fused, plain, rtol=0, atol=1e-5)
+    torch.testing.assert_close(moments[0], vae.encode(plain)[0], rtol=0, atol=1e-5)
