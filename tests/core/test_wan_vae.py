@@ -242,7 +242,7 @@ def test_the_fused_kernel_and_channels_last_give_the_same_video(vae: WanVae) -> 
     plain = vae.decode(z)
     last = copy.deepcopy(vae)
     last.lay_channels_last()
-    with torch.no_grad(), mock.patch.object(norm, "_plain", lambda x: False):
+    with torch.inference_mode(), mock.patch.object(norm, "_plain", lambda x: False):
         fused = torch.cat(list(last.decode_frames(z, LATENTS_PER_PASS)), dim=2)
         moments = last.encode(plain)
     torch.testing.assert_close(fused, plain, rtol=0, atol=1e-5)

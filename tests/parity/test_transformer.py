@@ -198,7 +198,7 @@ def test_two_texts_by_the_fused_kernels() -> None:
     inputs, other = draw(ours.config, 8, 16), draw(ours.config, 8, 16, seed=1)
     latents = inputs.at(0)
     expected = [run_reference(theirs, dataclasses.replace(inputs, text=i.text), latents, 742) for i in (inputs, other)]
-    with torch.no_grad(), mock.patch.object(kernels, "_plain", lambda x: False):
+    with torch.inference_mode(), mock.patch.object(kernels, "_plain", lambda x: False):
         velocity = run_ours(ours, guided(inputs, other), latents, 742)
     torch.testing.assert_close(velocity, torch.cat(expected), rtol=0, atol=1e-5)
 
