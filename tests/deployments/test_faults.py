@@ -39,7 +39,7 @@ pytestmark = pytest.mark.ray
 
 TRIALS = int(os.environ.get("TRIALS", "2"))
 SAMPLERS = 2
-CHUNK_SECONDS = 0.3  # of sampling, paced: so that a kill finds a sampler in the midst of a chunk
+CHUNK_SECONDS = 0.5  # of sampling, paced: so that a kill finds a sampler in the midst of a chunk
 REPLICAS = {"Sampler": SAMPLERS, "VaeDecoder": 1, "TextEncoder": 1, "Director": 1, "Ingress": 1}
 
 Body = dict[str, Any]
