@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from deployments.config import AppConfig
+from deployments.config import AppConfig, ConfigError
 from deployments.records import Call, StoredObject
 from deployments.sampler import Sampler
 from deployments.store import Store, new_video_id
@@ -71,6 +71,27 @@ async def test_pace_changes_no_bit_and_inputs_may_come_from_the_store(config: Ca
     assert isinstance(stored_text, StoredObject)
     expected = (await sampled(sampler_of(config(0.0)), text, first, 1)).to_bytes()
     assert (await sampled(sampler_of(config(0.2)), stored_text, stored_state, 1)).to_bytes() == expected
+
+
+async def test_what_is_approximate_says_so(config: Callable[[float], AppConfig]) -> None:
+    text, _ = [item async for item in TextEncoder(config(0.0), "random").encode(call(), SPEC.prompt)]
+    ways = {
+        (): {},
+        ("fp8",): {"fp8": True},
+        ("history once a chunk",): {"history_refresh": "chunk"},
+        ("fp8", "history once a stage"): {"fp8": True, "history_refresh": "stage"},
+    }
+    latents = []
+    for names, pool in ways.items():
+        sampler = sampler_of(config(0.0).override(models=[{"model": "random", "sampler": pool}]))
+        after, report = [item async for item in sampler.sample_chunk(call(), SPEC, 0, (1.0,), None, text)]
+        assert report.run.approximations == names
+        latents.append(after.latents)
+    exact, *others = latents
+    for each in others:
+        assert 1e-5 < (each - exact).norm() / exact.norm() < 0.2
+    with pytest.raises(ConfigError, match="'step', 'stage' or 'chunk'"):
+        config(0.0).override(models=[{"model": "random", "sampler": {"history_refresh": "never"}}])
 
 
 def test_a_call_that_does_not_end_makes_its_replica_unhealthy() -> None:
