@@ -119,6 +119,16 @@ def test_a_fragment_depends_on_nothing_but_its_own_frames() -> None:
     assert alone == in_sequence
 
 
+def test_bytes_do_not_depend_on_what_lay_in_memory() -> None:
+    rng, frames = np.random.default_rng(0), i420(numbered(66, 12))
+    made = set()
+    for _ in range(300):
+        dirt = [rng.bytes(int(rng.integers(1_000, 400_000))) for _ in range(3)]
+        made.add(encode_fragment(frames, chunk_index=2, first_frame=66, fps=24))
+        del dirt
+    assert len(made) == 1
+
+
 def test_frames_need_not_be_contiguous() -> None:
     frames = i420(numbered(0, 3))
     permuted = np.ascontiguousarray(frames.transpose(2, 0, 1)).transpose(1, 2, 0)
