@@ -44,6 +44,7 @@ class Sampler:
         self._store = Store(config.store, config.store_patience_s)
         self._tracer = Tracer("sampler", config.trace_file)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sampler")
+        self._thread.submit(checkpoint.warm_up_sampler, self._sampler).result()
         self._free = asyncio.Lock()
         self._watchdog = Watchdog(pool.max_call_seconds)
 

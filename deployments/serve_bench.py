@@ -1,8 +1,9 @@
 """`helios bench --serve`: what the service adds to the bare model.
 
 One video at a time is streamed over HTTP from a service of its own, and made by `Helios.stream` in this process, with
-the same number of torch threads, taking turns. Both overlap a chunk's sampling with the decoding of the one before; the
-bare loop's fragments are encoded in its own thread.
+the same number of torch threads and the sampler's settings, taking turns. Both overlap a chunk's sampling with the
+decoding of the one before. The bare loop encodes its fragments in the thread that decodes, and makes RGB frames too,
+which the service does not: some milliseconds a chunk.
 """
 
 from __future__ import annotations
@@ -65,8 +66,8 @@ def main(arguments: Sequence[str]) -> None:
     steps = parse_steps(options.steps)
     config = AppConfig() if options.config is None else AppConfig.read(options.config)
     config = config.override(torch_threads=options.threads, port=free_port()).with_model(options.model)
-    model = config.models[0].model
-    bare = Helios.load(model, threads=config.torch_threads)
+    model, pool = config.models[0].model, config.models[0].sampler
+    bare = Helios.load(model, pool.device, pool.dtype, config.torch_threads, pool.approximations)
     served, alone = [], []
     with running_service(config) as (url, trace_file):
         ask = {"prompt": PROMPT, "seconds": options.chunks * CHUNK_FRAMES / NATIVE_FPS, "steps": steps}

@@ -39,11 +39,13 @@ class VaeDecoder:
         log_with_serve()
         use_threads(config.torch_threads)
         device, _ = placement(config.vae_decoder.device)
-        self._vae = Checkpoint.open(source).load_vae(device)
+        checkpoint = Checkpoint.open(source)
+        self._vae = checkpoint.load_vae(device)
         self._store = Store(config.store, config.store_patience_s)
         self._uploads = config.uploads.media_limits()
         self._tracer = Tracer("vae_decoder", config.trace_file)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="vae")
+        self._thread.submit(checkpoint.warm_up_vae, self._vae).result()
         self._watchdog = Watchdog(config.vae_decoder.max_call_seconds)
 
     def check_health(self) -> None:

@@ -52,6 +52,7 @@ from helios_core.spec import ModelCard
 from helios_core.state import StreamState
 from helios_core.text import TextEncoder
 from helios_core.transformer.fp8 import to_fp8
+from helios_core.transformer.history import history_length
 from helios_core.transformer.model import FP32_PARAMETERS, KEY_ALIASES, HeliosTransformer
 from helios_core.vae.latents import LATENTS_PER_PASS, decode_chunk, to_i420
 from helios_core.vae.model import WanVae
@@ -195,9 +196,8 @@ class Checkpoint:
         """
         model, places = self._transformer()
 
-        dtype_of = partial(transformer_dtype, dtype)
-        check_room("transformer", device, self._sampler_needs(model, device, dtype, dtype_of))
-        _fill(model, places, device, dtype_of)
+        check_room("transformer", device, self._sampler_needs(model, device, dtype, approximations))
+        _fill(model, places, device, partial(transformer_dtype, dtype))
         if approximations.fp8:
             try:
                 to_fp8(model)
@@ -206,12 +206,9 @@ class Checkpoint:
         model.join()
         variant = self.card.variant
         guidance = CFG_ZERO_STAR if variant.is_cfg_zero_star else CLASSIFIER_FREE
-        sampler = ChunkSampler(
+        return ChunkSampler(
             model, self.scheduler, SOLVERS[variant.scheduler_class], guidance, approximations.history_refresh
         )
-        if device.type == "cuda":
-            sampler.warm_up(self.transformer.text_dim, self._blank_state(), variant.guidance_scale)
-        return sampler
 
     def load_vae(self, device: torch.device) -> WanVae:
         """The VAE, in fp32 as the reference runs it; on a GPU what decodes is in bf16, with channels last.
@@ -233,7 +230,6 @@ class Checkpoint:
         _fill(model, places, device, dtype_of)
         if device.type == "cuda":
             model.lay_channels_last()
-            decode_chunk(model, self._blank_state().latents, to_i420)  # what it takes is there before the first video
         return model
 
     def load_text_encoder(self, device: torch.device, dtype: torch.dtype) -> TextEncoder:
@@ -243,6 +239,20 @@ class Checkpoint:
         _fill(model, places, device, lambda _: dtype)
         return TextEncoder(tokenizer, model)
 
+    def warm_up_sampler(self, sampler: ChunkSampler) -> None:
+        """On a GPU makes a chunk of the model's own size, so that what it takes is there before the first video.
+
+        In the thread that will make the others: cuDNN keeps its plans for each thread.
+        """
+        if sampler.model.device.type == "cuda":
+            guidance_scale = self.card.variant.guidance_scale
+            sampler.warm_up(self.transformer.text_dim, self._blank_state(), guidance_scale)
+
+    def warm_up_vae(self, vae: WanVae) -> None:
+        """The same for decoding."""
+        if vae.device.type == "cuda":
+            decode_chunk(vae, self._blank_state().latents, to_i420)
+
     def _blank_state(self) -> StreamState:
         """The start of a video of the model's own size."""
         width, height = (side // self.vae.scale_factor_spatial for side in self.card.default_size)
@@ -250,7 +260,7 @@ class Checkpoint:
         return StreamState(0, nothing, None, torch.Generator().manual_seed(0).get_state())
 
     def _sampler_needs(
-        self, model: HeliosTransformer, device: torch.device, dtype: torch.dtype, dtype_of: Callable[[str], torch.dtype]
+        self, model: HeliosTransformer, device: torch.device, dtype: torch.dtype, approximations: Approximations
     ) -> dict[str, int]:
         """Bytes by purpose. The work is that of the last stage at the model's own size."""
         config, scale = self.transformer, self.vae.scale_factor_spatial
@@ -266,9 +276,12 @@ class Checkpoint:
                 context = short.begin_chunk(past[:, :, :1], past[:, :, 1:], text)
                 short(torch.empty(1, config.in_channels, CHUNK_LATENTS, height, width), 0.0, context)
 
+        kept = history_length(height // 2, width // 2) if approximations.history_refresh != "step" else 0
+        token = batch * config.num_layers * 2 * config.hidden_dim * dtype.itemsize  # its keys and values
         return {
-            "weights": tensor_bytes(model.named_parameters(), dtype_of),
-            "texts": TEXT_CONTEXTS * batch * config.num_layers * 2 * TEXT_TOKENS * config.hidden_dim * dtype.itemsize,
+            "weights": tensor_bytes(model.named_parameters(), partial(transformer_dtype, dtype)),
+            "texts": TEXT_CONTEXTS * TEXT_TOKENS * token,
+            "history": kept * token,
             **self._work(device, forward),
         }
 

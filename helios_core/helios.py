@@ -6,7 +6,7 @@ import asyncio
 import functools
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -66,7 +66,10 @@ class Helios:
     def __init__(self, card: ModelCard, text_encoder: TextEncoder, sampler: ChunkSampler, vae: WanVae) -> None:
         self.card = card
         self.text_encoder, self.sampler, self.vae = text_encoder, sampler, vae
-        self._sampling = threading.Lock()  # the sampler serves one stream at a time
+        # The sampler serves one stream at a time, in one thread: cuDNN keeps its plans for each.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sampler")
+        # On a GPU decoding needs a stream of its own to overlap; None is the current one.
+        self._decoding = torch.cuda.Stream(vae.device) if vae.device.type == "cuda" else None
 
     @classmethod
     def load(
@@ -84,12 +87,16 @@ class Helios:
         use_threads(threads)
         place, precision = placement(device, dtype)
         checkpoint = Checkpoint.open(model)
-        return cls(
+        helios = cls(
             checkpoint.card,
             checkpoint.load_text_encoder(place, precision),
             checkpoint.load_sampler(place, precision, approximations),
             checkpoint.load_vae(place),
         )
+        helios._thread.submit(checkpoint.warm_up_sampler, helios.sampler).result()
+        with torch.cuda.stream(helios._decoding):
+            checkpoint.warm_up_vae(helios.vae)
+        return helios
 
     def stream(
         self,
@@ -159,31 +166,29 @@ class Helios:
 
         def sample(k: int, state: StreamState) -> StreamState:
             text = blend([(encode(prompt), weight) for prompt, weight in spec.mix_of_chunk(k)])
-            with self._sampling:
-                return self.sampler.sample(
-                    text,
-                    state,
-                    spec.steps_of_chunk(k),
-                    negative=negative,
-                    guidance_scale=spec.guidance_scale,
-                    on_step=step,
-                )
+            return self.sampler.sample(
+                text,
+                state,
+                spec.steps_of_chunk(k),
+                negative=negative,
+                guidance_scale=spec.guidance_scale,
+                on_step=step,
+            )
 
-        # On a GPU decoding needs a stream of its own to overlap; None is the current one.
-        stream = torch.cuda.Stream(self.vae.device) if self.vae.device.type == "cuda" else None
-        with ThreadPoolExecutor(1, thread_name_prefix="sampler") as thread:
-            try:
-                sampling = thread.submit(sample, 0, start())
-                for k in range(spec.chunks):
-                    state = sampling.result()
-                    if k + 1 < spec.chunks:
-                        sampling = thread.submit(sample, k + 1, state)
-                    with torch.cuda.stream(stream):
-                        frames, yuv = decode_chunk(self.vae, state.latents, to_uint8, to_i420)
-                    shown = spec.frames_of_chunk(k)
-                    yield Chunk(k, frames[:shown], yuv[:shown], state)
-            finally:
-                closed.set()  # before `with` waits for the thread: of a chunk that nobody wants no further step is made
+        sampling = self._thread.submit(sample, 0, start())
+        try:
+            for k in range(spec.chunks):
+                state = sampling.result()
+                if k + 1 < spec.chunks:
+                    sampling = self._thread.submit(sample, k + 1, state)
+                with torch.cuda.stream(self._decoding):
+                    frames, yuv = decode_chunk(self.vae, state.latents, to_uint8, to_i420)
+                shown = spec.frames_of_chunk(k)
+                yield Chunk(k, frames[:shown], yuv[:shown], state)
+        finally:
+            closed.set()  # of a chunk that nobody wants no further step is made
+            if not sampling.cancel():
+                wait([sampling])
 
 
 def _image(image: Input, spec: VideoSpec) -> NDArray[np.uint8]:

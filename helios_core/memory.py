@@ -22,6 +22,7 @@ from helios_core.errors import CheckpointError
 
 SPARE = 1 << 30  # bytes on a GPU: workspaces, fragments. Not measured
 GB = 1e9
+GROUP = Path("/sys/fs/cgroup")  # of this container
 
 
 def check_room(part: str, device: torch.device, needs: dict[str, int]) -> None:
@@ -50,9 +51,10 @@ def free_bytes(device: torch.device) -> int | None:
     for line in _lines(Path("/proc/meminfo")):
         if line.startswith("MemAvailable:"):
             found.append(int(line.split()[1]) * 1024)
-    limit, used = (_lines(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current"))
+    limit, used, parts = (_lines(GROUP / f"memory.{name}") for name in ("max", "current", "stat"))
     if limit and used and limit[0] != "max":
-        found.append(int(limit[0]) - int(used[0]))
+        cached = sum(int(part.split()[1]) for part in parts if part.startswith(("active_file ", "inactive_file ")))
+        found.append(int(limit[0]) - int(used[0]) + cached)  # files in memory make room
     return min(found, default=None)
 
 

@@ -25,6 +25,7 @@ from helios_core.bench.subject import OFFICIAL, WAYS, Model, Subject, shapes, sh
 from helios_core.checkpoints import placement, use_threads
 from helios_core.config import VaeConfig
 from helios_core.errors import InvalidInput
+from helios_core.transformer.fp8 import why_no_fp8
 
 PACKAGES = ("torch", "triton", "numpy", "einops", "safetensors", "diffusers", "helios-serve")
 
@@ -35,14 +36,15 @@ def main(arguments: Sequence[str]) -> None:
     options = _parser().parse_args(arguments)
     use_threads(options.threads)
     device, dtype = placement(options.device, options.dtype)
-    if device.type == "cuda":
+    if device.index is not None:
         torch.cuda.set_device(device)
     if options.model is None:
         sizes = shapes(options.layers, options.heads, options.vae_width)
         model = Model.random(*sizes, device, dtype)
     else:
         model = Model.load(options.model, device, dtype)
-    ways = options.ways or [name for name, each in WAYS.items() if device.type == "cuda" or not each.fp8]
+    unfit = "this is a CPU" if device.type == "cpu" else why_no_fp8(model.transformer)
+    ways = options.ways or [name for name, each in WAYS.items() if unfit is None or not each.fp8]
     subject = Subject.of(model, options.size, parse_steps(options.steps or []), ways)
     sections = _chosen(options.sections)
     if options.compare is not None:
@@ -74,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--heads", type=_count, default=OFFICIAL.num_attention_heads, help="each 128 channels")
     parser.add_argument("--vae-width", type=_count, default=VaeConfig().base_dim, help="channels of the VAE")
     parser.add_argument(
-        "--ways", nargs="+", choices=WAYS, help="to make chunks; if not given, all, on a CPU without those in FP8"
+        "--ways", nargs="+", choices=WAYS, help="to make chunks; if not given, all that are of use here"
     )
     parser.add_argument("--size", help="WIDTHxHEIGHT in pixels; the model's own if not given")
     parser.add_argument(

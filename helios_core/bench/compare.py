@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -22,7 +21,7 @@ from helios_core.bench.subject import SEED, Model, Subject, shown
 from helios_core.config import CHUNK_FRAMES, CHUNK_LATENTS
 from helios_core.errors import InvalidInput
 from helios_core.sampling.noise import block_factor
-from helios_core.vae.latents import decode_chunk, denormalise, to_i420
+from helios_core.vae.latents import LATENTS_PER_PASS, decode_chunk, denormalise, to_i420
 
 EAGER, COMPILED = MODES = ("eager", "compiled")
 # In this order: the VAE's attention has one head of 384 channels, for which cuDNN has no kernel.
@@ -63,9 +62,12 @@ def compare(bench: Bench, mode: str) -> Iterator[Row]:
 def _decoded(bench: Bench, mode: str, theirs: Any) -> Row:
     vae = bench.subject.model.vae
     latents = denormalise(bench.subject.state().latents.to(vae.device, vae.decoder_dtype), vae.config)
-    result = partial(vae.decode, latents)
     their_frames = _driven(mode, lambda: theirs.vae.decode(latents).sample)
-    return _row(bench, "a chunk decoded", result, result, their_frames)
+
+    def frames() -> Tensor:
+        return torch.cat(list(vae.decode_frames(latents, LATENTS_PER_PASS)), dim=2)
+
+    return _row(bench, "a chunk decoded", frames, frames, their_frames)
 
 
 def _sampled(bench: Bench, mode: str, theirs: Any, steps: tuple[int, ...]) -> Iterator[Row]:
@@ -94,10 +96,12 @@ def pipeline(model: Model) -> Any:
     with torch.device("meta"):
         transformer.blocks = library.HeliosTransformer3DModel(**sizes).blocks
         vae = library.AutoencoderKLWan(**{k: list(v) if isinstance(v, tuple) else v for k, v in vae_sizes.items()})
-    for part, own in ((transformer, model.transformer), (vae, model.vae)):
-        # Contiguous: channels that lie last are ours to profit from.
-        weights = {name: weight.contiguous() for name, weight in own.state_dict().items()}
-        part.load_state_dict(weights, strict=True, assign=True)
+    transformer.load_state_dict(model.transformer.state_dict(), strict=True, assign=True)
+    # Contiguous: channels that lie last are ours to profit from. Of one dtype: its pipeline asks the encoder for it.
+    decoder = model.vae.decoder_dtype
+    vae_weights = {name: weight.to(decoder).contiguous() for name, weight in model.vae.state_dict().items()}
+    vae.load_state_dict(vae_weights, strict=True, assign=True)
+    for part in (transformer, vae):
         part.eval().requires_grad_(False)
     whole = library.HeliosPyramidPipeline(
         tokenizer=None,

@@ -236,8 +236,8 @@ def _last_third(values: Sequence[T]) -> Sequence[T]:
 
 
 def memory(bench: Bench) -> Iterator[Row]:
-    """GiB of weights, and at the most while a chunk is sampled, then decoded: of the GPU's memory what torch has
-    allocated, of the host's what the whole process has ever had."""
+    """GiB of weights, and at the most while a chunk is sampled, then decoded: of the GPU's memory what torch allocates
+    for it beside all that lies there, of the host's what the whole process has ever had."""
     subject = bench.subject
     model, state, prompt = subject.model, subject.state(), next(subject.prompts())
     for what, module in (("transformer", model.transformer), ("VAE", model.vae)):
@@ -253,9 +253,11 @@ def memory(bench: Bench) -> Iterator[Row]:
 
 
 def _peak(what: str, call: Callable[[], object]) -> Row:
+    call()  # what it keeps, such as a text's keys and values, is no part of the peak
+    before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     call()
-    return Row(what, figures={"GiB": torch.cuda.max_memory_allocated() / GIB})
+    return Row(what, figures={"GiB": (torch.cuda.max_memory_allocated() - before) / GIB})
 
 
 SECTIONS: dict[str, Section] = {

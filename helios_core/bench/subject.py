@@ -25,9 +25,6 @@ from helios_core.config import (
     CHUNK_LATENTS,
     EXACT,
     HISTORY_LATENTS,
-    HISTORY_LONG,
-    HISTORY_MID,
-    HISTORY_SHORT,
     TEXT_TOKENS,
     VARIANTS,
     Approximations,
@@ -35,6 +32,7 @@ from helios_core.config import (
     TransformerConfig,
     VaeConfig,
 )
+from helios_core.errors import InvalidInput
 from helios_core.sampling.chunk import ChunkSampler
 from helios_core.sampling.guidance import CLASSIFIER_FREE
 from helios_core.sampling.schedule import pyramid
@@ -42,7 +40,8 @@ from helios_core.sampling.solvers import SOLVERS
 from helios_core.spec import Limits, ModelCard, VideoRequest
 from helios_core.state import StreamState
 from helios_core.text import TextEmbeddings
-from helios_core.transformer.fp8 import to_fp8
+from helios_core.transformer.fp8 import to_fp8, why_no_fp8
+from helios_core.transformer.history import history_length
 from helios_core.transformer.layers import JoinedLinear
 from helios_core.transformer.model import HeliosTransformer
 from helios_core.vae.model import WanVae
@@ -123,6 +122,8 @@ def _samplers(model: Model, ways: Sequence[str]) -> dict[str, ChunkSampler]:
         if how.fp8 not in made:
             tensors = [*model.transformer.parameters(), *_joined(model.transformer)]
             made[True] = copy.deepcopy(model.transformer, {id(tensor): tensor for tensor in tensors})
+            if (reason := why_no_fp8(model.transformer)) is not None:
+                raise InvalidInput("ways", name, f"those without fp8: {reason}")
             to_fp8(made[True])
         own = model.sampler
         samplers[name] = ChunkSampler(made[how.fp8], own.scheduler, own.solver, own.guidance, how.history_refresh)
@@ -196,10 +197,7 @@ class Subject:
     def lengths(self) -> list[int]:
         """Tokens that each stage's self-attention is about: the chunk's and the history's."""
         h, w = self.latent_size
-        patches = ((HISTORY_LONG, 4), (HISTORY_MID, 2), (HISTORY_SHORT + 1, 1))  # the anchor is short too
-        history = sum(
-            math.ceil(frames / scale) * math.ceil(h / 2 / scale) * math.ceil(w / 2 / scale) for frames, scale in patches
-        )
+        history = history_length(h // 2, w // 2)
         return [CHUNK_LATENTS * (rows // 2) * (columns // 2) + history for rows, columns in self.stage_sizes]
 
     def ways(self) -> Iterator[tuple[str, ChunkSampler, tuple[int, ...]]]:

@@ -56,20 +56,27 @@ class GeluQuantise(nn.Module):
         return gelu_quantise(x_BLD)
 
 
+def why_no_fp8(model: HeliosTransformer) -> str | None:
+    """Why this model cannot be in FP8 where it is; None if it can."""
+    sizes = (model.config.hidden_dim, model.config.ffn_dim)
+    if any(size % 16 for size in sizes):
+        return f"hidden_dim and ffn_dim are {sizes}; allowed with fp8: multiples of 16"
+    if model.device.type == "cuda":
+        if model.dtype != torch.bfloat16:
+            return f"dtype is {model.dtype}; allowed with fp8: bfloat16"
+        if torch.cuda.get_device_capability(model.device) < (9, 0):
+            return f"the GPU is {torch.cuda.get_device_name(model.device)}; needed for fp8: Hopper or later"
+    return None
+
+
 @torch.no_grad()
 def to_fp8(model: HeliosTransformer) -> None:
     """Exchanges the blocks' linear layers in place, but for the first and last blocks'. They cannot be trained then.
 
-    Raises ValueError for sizes, dtypes and GPUs that FP8 products cannot have.
+    Raises ValueError if `why_no_fp8` has a reason.
     """
-    sizes = (model.config.hidden_dim, model.config.ffn_dim)
-    if any(size % 16 for size in sizes):
-        raise ValueError(f"hidden_dim and ffn_dim are {sizes}; allowed with fp8: multiples of 16")
-    if model.device.type == "cuda":
-        if model.dtype != torch.bfloat16:
-            raise ValueError(f"dtype is {model.dtype}; allowed with fp8: bfloat16")
-        if torch.cuda.get_device_capability(model.device) < (9, 0):
-            raise ValueError(f"the GPU is {torch.cuda.get_device_name(model.device)}; needed for fp8: Hopper or later")
+    if (reason := why_no_fp8(model)) is not None:
+        raise ValueError(reason)
     ends = round(EXACT_SHARE * len(model.blocks))
     for block in list(model.blocks)[ends : len(model.blocks) - ends]:
         block.norm, block.add_norm = norm_fp8, add_norm_fp8

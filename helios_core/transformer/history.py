@@ -48,6 +48,12 @@ def history_tokens(
     return torch.cat([_embed(long, patch_long), _embed(mid, patch_mid), _embed(short, patch_short)], dim=1)
 
 
+def history_length(height: int, width: int) -> int:
+    """How many `history_tokens` there are. `height`, `width`: the grid of the short tokens."""
+    kinds = ((HISTORY_LONG, 4), (HISTORY_MID, 2), (HISTORY_SHORT + 1, 1))  # frames, pool; the anchor is short
+    return sum(-(-frames // pool) * -(-height // pool) * -(-width // pool) for frames, pool in kinds)
+
+
 def history_rope(config: TransformerConfig, height: int, width: int, device: torch.device) -> Tensor:
     """The rotations of `history_tokens`, [2, L, 1, P]. `height`, `width`: the grid of the short tokens."""
     long = rope_table(config, LONG_NUMBERS, height, width, device, pool=4)

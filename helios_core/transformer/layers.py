@@ -102,7 +102,7 @@ class Attention(nn.Module):
 
     def forward(self, q_BLNH: Tensor, k_BSNH: Tensor, v_BSNH: Tensor) -> Tensor:
         """Every query sees every key. [B, L, D], B that of the keys; queries of batch 1 serve them all."""
-        out_BLNH = attend(q_BLNH.expand(len(k_BSNH), -1, -1, -1), k_BSNH, v_BSNH)
+        out_BLNH = attend(q_BLNH.expand(len(k_BSNH), -1, -1, -1).contiguous(), k_BSNH, v_BSNH)
         out_BLD: Tensor = self.to_out(out_BLNH.flatten(2))
         return out_BLD
 

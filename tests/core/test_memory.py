@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor
 
 from helios_core.checkpoints import Checkpoint
-from helios_core.config import TransformerConfig, VaeConfig
+from helios_core.config import EXACT, Approximations, TransformerConfig, VaeConfig
 from helios_core.errors import CheckpointError
 from helios_core.memory import check_room, free_bytes, peak_bytes
+from helios_core.transformer.model import HeliosTransformer
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 MB = 2**20
@@ -43,6 +45,16 @@ def test_what_is_free_is_told() -> None:
     free = free_bytes(CPU)
     assert free is not None
     assert 100 * MB < free < 2**50
+
+
+def test_a_container_s_own_limit_counts_and_files_in_memory_make_room(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("900\n")
+    (tmp_path / "memory.stat").write_text("anon 300\nfile 600\ninactive_file 350\nactive_file 150\n")
+    with mock.patch("helios_core.memory.GROUP", tmp_path):
+        assert free_bytes(CPU) == 600
+        (tmp_path / "memory.max").write_text("max\n")
+        assert free_bytes(CPU) != 600
 
 
 def test_what_does_not_fit_is_refused_with_the_missing_figure() -> None:
@@ -79,15 +91,13 @@ def test_what_the_official_model_needs_on_a_gpu() -> None:
     card = dataclasses.replace(tiny.card, default_size=(640, 384))
     official = dataclasses.replace(tiny, card=card, transformer=TransformerConfig(), vae=VaeConfig())
     with torch.device("meta"):
-        from helios_core.transformer.model import FP32_PARAMETERS, HeliosTransformer
-
         model = HeliosTransformer(official.transformer)
 
-    def dtype_of(name: str) -> torch.dtype:
-        return torch.float32 if FP32_PARAMETERS.intersection(name.split(".")) else torch.bfloat16
-
-    needs = official._sampler_needs(model, GPU, torch.bfloat16, dtype_of)
+    needs = official._sampler_needs(model, GPU, torch.bfloat16, EXACT)
     assert needs["weights"] == pytest.approx(28.7e9, rel=0.01)
     assert needs["texts"] == 4 * 40 * 2 * 512 * 5120 * 2
+    assert needs["history"] == 0
+    kept = official._sampler_needs(model, GPU, torch.bfloat16, Approximations(history_refresh="chunk"))
+    assert kept["history"] == 40 * 2 * 2400 * 5120 * 2
     # Tokens before and after a sum, keys and values of 11,040; of 8,640 twice the feed-forward's 13,824: 1.2 GB.
     assert 1.0e9 < needs["work at 640x384"] < 1.6e9

@@ -12,10 +12,9 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend
 
 from helios_core.config import TransformerConfig
-from helios_core.transformer.attention import _backend
+from helios_core.transformer.attention import _cudnn, _flash, _kernel
 from helios_core.transformer.fp8 import Fp8Linear, to_fp8
 from helios_core.transformer.history import CHUNK_NUMBERS, LONG_NUMBERS, MID_NUMBERS, SHORT_NUMBERS
 from helios_core.transformer.kernels import quantise
@@ -317,12 +316,15 @@ def test_attention_names_its_kernel_by_the_chip() -> None:
     device = torch.device("cuda")
     chosen = {}
     for major in (7, 8, 9):
-        _backend.cache_clear()
+        _kernel.cache_clear()
         with mock.patch("torch.cuda.get_device_capability", return_value=(major, 0)):
-            chosen[major] = _backend(device)
-    _backend.cache_clear()
-    assert chosen == {7: None, 8: SDPBackend.FLASH_ATTENTION, 9: SDPBackend.CUDNN_ATTENTION}
-    assert _backend(torch.device("cpu")) is None
+            chosen[major] = _kernel(device)
+    _kernel.cache_clear()
+    assert chosen == {7: None, 8: _flash, 9: _cudnn}
+    assert _kernel(torch.device("cpu")) is None
+    q = torch.empty(1, 2, 8, 16, dtype=torch.bfloat16, device="meta")
+    for kernel in (_flash, _cudnn):  # the operators' own ideas of their arguments and results
+        assert kernel(q, q, q).shape == q.shape
 
 
 def test_sizes_that_fp8_cannot_have() -> None:

@@ -18,6 +18,7 @@ import torch
 
 from helios_core.bench import main
 from helios_core.bench.command import SECTIONS, parse_steps
+from helios_core.bench.compare import pipeline
 from helios_core.bench.report import Report, Row
 from helios_core.bench.subject import Model, Subject, shapes
 from helios_core.config import CHUNK_LATENTS, TransformerConfig, VaeConfig
@@ -126,6 +127,16 @@ def test_diffusers_makes_the_same_of_the_same_tensors(document: dict[str, Any]) 
     ]
     assert all(row["max_difference"] < 1e-4 for row in rows)
     assert all(row["ratio"] == row["diffusers_median_s"] / row["median_s"] for row in rows)
+
+
+def test_diffusers_decodes_in_the_precision_that_we_decode_in() -> None:
+    """On a GPU: bf16, whatever the encoder is in."""
+    model = Model.random(*shapes(LAYERS, HEADS, 4), torch.device("cpu"), torch.float32)
+    model.vae.decoder.bfloat16()
+    model.vae.post_quant_conv.bfloat16()
+    theirs = pipeline(model)
+    assert theirs.vae.dtype == model.vae.decoder_dtype == torch.bfloat16 != model.vae.encoder_dtype
+    assert theirs.vae.decode(torch.zeros(1, 16, 1, 2, 2).bfloat16()).sample.shape == (1, 3, 1, 16, 16)
 
 
 def test_weights_and_inputs_are_alive(subject: Subject) -> None:
