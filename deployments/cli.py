@@ -30,7 +30,7 @@ from deployments.videos_cli import check_writable
 from helios_core.config import CHUNK_FRAMES, Approximations, HistoryRefresh
 from helios_core.demo.words import vocabulary
 from helios_core.errors import HeliosError, InvalidInput
-from helios_core.spec import PromptAt, VideoRequest
+from helios_core.spec import PromptAt, VideoRequest, parse_steps
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(videos_cli.app, name="videos")
@@ -304,14 +304,6 @@ def openapi(
     else:
         check_writable("output", output)
         output.write_text(text, encoding="utf-8")
-
-
-def parse_steps(text: str) -> tuple[int, ...]:
-    """ "2,2,2" as (2, 2, 2). Raises InvalidInput."""
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise InvalidInput("steps", text, "whole numbers with commas between, for example 2,2,2") from None
 
 
 def parse_prompt_at(text: str) -> PromptAt:

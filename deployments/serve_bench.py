@@ -31,7 +31,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from deployments.cli import free_port, parse_steps
+from deployments.cli import free_port
 from deployments.config import AppConfig
 from deployments.timeline import Video, pick, read
 from helios_core.bench.command import commit, cpu
@@ -39,6 +39,7 @@ from helios_core.config import CHUNK_FRAMES, NATIVE_FPS
 from helios_core.errors import HeliosError
 from helios_core.helios import Helios
 from helios_core.media.fragments import encode_fragment
+from helios_core.spec import parse_steps
 
 PROMPT = "a red sun over a blue sea, drifting left"
 MODEL_SPANS = ("sample", "decode")

@@ -413,5 +413,13 @@ def _check_size(size: str | None, card: ModelCard, limits: Limits) -> tuple[int,
     return width, height
 
 
+def parse_steps(text: str) -> tuple[int, ...]:
+    """ "2,2,2" as (2, 2, 2). Raises InvalidInput."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InvalidInput("steps", text, "whole numbers with commas between, for example 2,2,2") from None
+
+
 def _shown(width: int, height: int) -> str:
     return f"{width}x{height}"

@@ -25,6 +25,7 @@ from helios_core.bench.subject import OFFICIAL, WAYS, Model, Subject, shapes, sh
 from helios_core.checkpoints import placement, use_threads
 from helios_core.config import VaeConfig
 from helios_core.errors import InvalidInput
+from helios_core.spec import parse_steps
 from helios_core.transformer.fp8 import why_no_fp8
 
 PACKAGES = ("torch", "triton", "numpy", "einops", "safetensors", "diffusers", "helios-serve")
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str]) -> None:
         model = Model.load(options.model, device, dtype)
     unfit = "this is a CPU" if device.type == "cpu" else why_no_fp8(model.transformer)
     ways = options.ways or [name for name, each in WAYS.items() if unfit is None or not each.fp8]
-    subject = Subject.of(model, options.size, parse_steps(options.steps or []), ways)
+    subject = Subject.of(model, options.size, step_lists(options.steps or []), ways)
     sections = _chosen(options.sections)
     if options.compare is not None:
         check(model)
@@ -101,13 +102,9 @@ def _count(text: str) -> int:
     return number
 
 
-def parse_steps(texts: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-    """ "1,1,1 2,2,2", in one text or two, as ((1, 1, 1), (2, 2, 2))."""
-    words = " ".join(texts).split()
-    try:
-        return tuple(tuple(int(number) for number in word.split(",")) for word in words)
-    except ValueError:
-        raise InvalidInput("steps", " ".join(words), "whole numbers with commas, for example 1,1,1 2,2,2") from None
+def step_lists(texts: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """ "1,1,1 2,2,2", in one text or two, as ((1, 1, 1), (2, 2, 2)). Raises InvalidInput."""
+    return tuple(parse_steps(word) for word in " ".join(texts).split())
 
 
 def _modes(text: str) -> tuple[str, ...]:

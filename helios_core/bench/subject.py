@@ -120,10 +120,10 @@ def _samplers(model: Model, ways: Sequence[str]) -> dict[str, ChunkSampler]:
     for name in ways:
         how = WAYS[name]
         if how.fp8 not in made:
-            tensors = [*model.transformer.parameters(), *_joined(model.transformer)]
-            made[True] = copy.deepcopy(model.transformer, {id(tensor): tensor for tensor in tensors})
             if (reason := why_no_fp8(model.transformer)) is not None:
                 raise InvalidInput("ways", name, f"those without fp8: {reason}")
+            tensors = [*model.transformer.parameters(), *_joined(model.transformer)]
+            made[True] = copy.deepcopy(model.transformer, {id(tensor): tensor for tensor in tensors})
             to_fp8(made[True])
         own = model.sampler
         samplers[name] = ChunkSampler(made[how.fp8], own.scheduler, own.solver, own.guidance, how.history_refresh)

@@ -160,7 +160,7 @@ def sample_chunk(
     _, c, _, h, w = state.history.shape
     anchor = torch.zeros_like(state.history[:, :, :1]) if state.anchor is None else state.anchor
     context = model.begin_chunk(_sent(anchor, model.device), _sent(state.history, model.device), text)
-    past: list[Any] = []  # what is kept of the history
+    past: list[Any] | None = None if history_refresh == "step" else []  # what is kept of the history
     ended: deque[torch.cuda.Event] = deque()  # told by the GPU after each step
 
     def velocity(stage: Stage, x: Tensor, step: Step) -> Tensor:
@@ -170,10 +170,7 @@ def sample_chunk(
             if len(ended) > RUN_AHEAD:
                 ended.popleft().synchronize()
             on_step(stage.index)
-        if history_refresh == "step":
-            v = model(x, step.timestep, context)
-        else:
-            v = model(x, step.timestep, context, past)
+        v = model(x, step.timestep, context, past)
         if model.device.type == "cuda":
             ended.append(torch.cuda.current_stream(model.device).record_event())
         return guidance.mix(v[:1], v[1:], guidance_scale) if guidance_scale > 1 else v
@@ -191,7 +188,7 @@ def sample_chunk(
             latents = double(latents)
             renoise = block_noise(tuple(latents.shape), scheduler.gamma, generator)
             latents = stage.signal * latents + stage.noise * _sent(renoise, model.device).to(model.dtype)
-        if history_refresh == "stage":
+        if past is not None and history_refresh == "stage":
             past.clear()
 
         latents = solver(functools.partial(velocity, stage), latents, stage, steps[stage.index], tokens, scheduler)

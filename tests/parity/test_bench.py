@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from helios_core.bench import main
-from helios_core.bench.command import SECTIONS, parse_steps
+from helios_core.bench.command import SECTIONS, step_lists
 from helios_core.bench.compare import pipeline
 from helios_core.bench.report import Report, Row
 from helios_core.bench.subject import Model, Subject, shapes
@@ -202,14 +202,14 @@ else:
 
 @pytest.mark.parametrize("words", [["1,1,1", "2,2,2"], ["1,1,1 2,2,2"]])
 def test_lists_of_steps(words: list[str]) -> None:
-    assert parse_steps(words) == ((1, 1, 1), (2, 2, 2))
+    assert step_lists(words) == ((1, 1, 1), (2, 2, 2))
 
 
 @pytest.mark.parametrize(
     "options, words",
     [
         (["--steps", "1,1"], "steps"),
-        (["--steps", "1,x,1"], "1,1,1 2,2,2"),
+        (["--steps", "1,x,1"], "for example 2,2,2"),
         (["--size", "65x64"], "size"),
         (["--compare", "diffusers", "--compare-mode", "fast"], "eager,compiled"),
         (["--dtype", "int8"], "float32"),
