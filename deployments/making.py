@@ -52,9 +52,10 @@ MOST_TEXTS = 128  # prompts of one video, whose embeddings are held until it end
 
 
 class Lost(Exception):
-    """What a call needed is gone. `part`: the deployment that was called."""
+    """What a call needed is gone. `part`: the deployment that was called; `chunk`: the one that it was called for."""
 
     part = ""
+    chunk = 0
 
 
 class ReplicaLost(Lost):
@@ -204,12 +205,13 @@ class RunningVideo:
         parent = self.request.traceparent if span is None else traceparent(span)
         return Call(video_id=self.request.id, traceparent=parent, attempt=attempt)
 
-    def retry(self, chunk: int, error: Lost) -> float:
+    def retry(self, error: Lost) -> float:
         """Counts a retry of a chunk; after how many seconds it may begin. Raises ChunkLost if it had its share."""
-        self.retries[chunk] += 1
-        if self.retries[chunk] > len(RETRY_AFTER_S):
-            raise ChunkLost(f"chunk {chunk} was lost {self.retries[chunk]} times") from error
-        return RETRY_AFTER_S[self.retries[chunk] - 1]
+        self.retries[error.chunk] += 1
+        count = self.retries[error.chunk]
+        if count > len(RETRY_AFTER_S):
+            raise ChunkLost(f"chunk {error.chunk} was lost {count} times") from error
+        return RETRY_AFTER_S[count - 1]
 
 
 class Maker:
@@ -249,7 +251,7 @@ class Maker:
                 video.texts = dict(video.stored_texts)
                 if video.cancelled:  # a task group on its way out with an error forgets a cancel
                     raise asyncio.CancelledError
-                await self._wait_for_retry(video, len(video.record.chunks), lost)
+                await self._wait_for_retry(video, lost)
 
     async def _come_in(self, video: RunningVideo) -> None:
         """Returns when the video is one of those that take turns."""
@@ -460,13 +462,16 @@ class Maker:
         for number in itertools.count():
             try:
                 return await attempt(number)
-            except ReplicaLost as lost:
-                await self._wait_for_retry(video, chunk, lost)
+            except Lost as lost:
+                lost.chunk = chunk
+                if isinstance(lost, InputLost):
+                    raise
+                await self._wait_for_retry(video, lost)
         raise AssertionError("unreachable")
 
-    async def _wait_for_retry(self, video: RunningVideo, chunk: int, error: Lost) -> None:
+    async def _wait_for_retry(self, video: RunningVideo, error: Lost) -> None:
         """Returns when the retry may begin. Raises ChunkLost if there was one too many."""
-        pause = video.retry(chunk, error)
+        pause = video.retry(error)
         self._metrics.retried(error.part, _reason(error))
         await asyncio.sleep(pause)
 

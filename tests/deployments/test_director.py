@@ -446,6 +446,18 @@ async def test_a_chunk_is_not_tried_for_ever(rig: Rig, point: str, loss: type[Ex
     assert (await rig.ended(await rig.create(prompt="another"))).status == "completed"
 
 
+async def test_a_loss_counts_for_the_chunk_that_was_lost_and_not_for_the_one_it_goes_on_from(rig: Rig) -> None:
+    rendering = rig.graph.gate("render 1")  # twice chunk 1 is not committed when the state after chunk 2 is lost
+    losses = rig.graph.losses[PROMPT, "sampled 2"] = [InputLost("gone") for _ in range(9)]
+    video_id = await rig.create()
+    while len(losses) > 7:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    rendering.open()
+    record = await rig.ended(video_id)
+    assert record.error is not None and record.error.message == "chunk 2 was lost 4 times"
+    assert len(losses) == 5
+
+
 async def test_a_lost_replica_is_called_with_the_same_state_and_a_lost_input_comes_from_the_store(rig: Rig) -> None:
     given: list[tuple[int, int, str]] = []
     sample = rig.graph.sample
