@@ -1,0 +1,111 @@
+"""The configuration as Ray Serve's own: what the laptop deploys, and what stands in a RayService as `serveConfigV2`.
+
+There is one: `helios serve` hands it to the Ray that it has started, KubeRay to the cluster's.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+import yaml
+
+from deployments.config import AppConfig
+from deployments.store import Store
+
+APP_NAME = "helios"
+RAY_SERVICE = "helios"  # the RayService of k8s/base
+# glibc keeps what was freed, some MB for each thread, unless told otherwise: over ten minutes of video a Director then
+# grows by 10 %, with these by 2.5 % (measured).
+MALLOC = {"MALLOC_ARENA_MAX": "2", "MALLOC_TRIM_THRESHOLD_": "131072"}
+
+app = typer.Typer(no_args_is_help=True, help="The service's configuration, as a cluster needs it.")
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps `render` a subcommand although it is the only one."""
+
+
+@app.command()
+def render(
+    file: Path,
+    kustomize: bool = typer.Option(
+        False, "--kustomize", help="write serve-config.yaml and ray.env beside FILE, as the overlays in k8s/ have them"
+    ),
+) -> None:
+    """Print the Ray Serve configuration of the service that FILE describes: for `serve deploy`, or a RayService."""
+    config = AppConfig.read(file)
+    if not kustomize:
+        typer.echo(serve_config_text(config), nl=False)
+        return
+    for name, text in overlay(config, str(file)).items():
+        (file.parent / name).write_text(text, encoding="utf-8")
+
+
+def serve_config(config: AppConfig) -> dict[str, Any]:
+    """A ServeDeploySchema: HTTP, logs, and one application, which deployments.app.application builds from `args`.
+
+    Relative paths are made absolute: replicas have working directories of their own. Raises ConfigError if strangers
+    could come in.
+    """
+    config.check_door()
+    trace_file = None if config.trace_file is None else str(Path(config.trace_file).absolute())
+    keys = None if config.keys is None else str(Path(config.keys).absolute())
+    config = config.override(store=Store(config.store).url, trace_file=trace_file, keys=keys)
+    return {
+        "http_options": {"host": config.host, "port": config.port},
+        "logging_config": {"encoding": "JSON", "enable_access_log": False},
+        "applications": [
+            {
+                "name": APP_NAME,
+                "route_prefix": "/",
+                "import_path": "deployments.app:application",
+                "args": config.model_dump(mode="json", exclude_defaults=True),
+                "autoscaling_policy": {"policy_function": "deployments.autoscaling:replicas"},
+            }
+        ],
+    }
+
+
+def environment(config: AppConfig) -> dict[str, str]:
+    """What each of Ray's nodes is to be started with, as Serve's processes read it."""
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": str(int(config.haproxy)),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # a service that goes leaves no time to those who watch
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(config.idle_seconds),
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.request_ids.before_serve",
+        # What the Director tells of its demand; Serve's 10 s would be most of a cold start.
+        "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
+        **MALLOC,
+    }
+
+
+def serve_config_text(config: AppConfig) -> str:
+    return yaml.safe_dump(serve_config(config), sort_keys=False)
+
+
+def overlay(config: AppConfig, source: str) -> dict[str, str]:
+    """File name ▸ text of what an overlay in k8s/ has of a configuration: a patch of the RayService, and the
+    environment of its pods. `source`: the configuration's file, for those who read it there."""
+    note = f"# Made by `helios config render --kustomize {source}`; change that file instead.\n"
+    patch = {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayService",
+        "metadata": {"name": RAY_SERVICE},
+        "spec": {"serveConfigV2": serve_config_text(config)},
+    }
+    variables = "".join(f"{name}={value}\n" for name, value in environment(config).items())
+    return {"serve-config.yaml": note + yaml.dump(patch, Dumper=_Blocks, sort_keys=False), "ray.env": note + variables}
+
+
+class _Blocks(yaml.SafeDumper):
+    """Texts of several lines as blocks, which people can read."""
+
+
+def _block(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Blocks.add_representer(str, _block)
