@@ -1,4 +1,4 @@
-"""The Ray Serve graph: which deployments there are and who calls whom."""
+"""The Ray Serve graph, which `serveConfigV2` names: which deployments there are and who calls whom."""
 
 from __future__ import annotations
 
@@ -9,47 +9,60 @@ from typing import Any
 
 from ray import serve
 from ray.serve import Application
+from ray.serve.exceptions import RayServeException
 
-from deployments.config import AppConfig, ConfigError, Pool
+from deployments.config import AppConfig, ConfigError, Pool, VaePool
 from deployments.graph import DirectorReplica, ModelHandles
 from deployments.ingress import Ingress
 from deployments.keys import read_keys
 from deployments.sampler import Sampler
-from deployments.store import Store
 from deployments.text_encoder import TextEncoder
 from deployments.vae_decoder import VaeDecoder
 from helios_core.checkpoints import Checkpoint
+from helios_core.errors import HeliosError
 
 MANY = 10_000  # requests at once for those that only wait: Serve's default of 5 would queue a sixth viewer
-LONGEST_CHUNK_S = 60.0  # a computing replica that is to stop may finish its chunk
-LONGEST_ANSWER_S = 2.0  # one that only waits has nothing to finish that would not go on elsewhere
+VIEWERS = 200  # requests at once of one ingress, where there may be several
+LONGEST_ANSWER_S = 2.0  # a replica that only waits has nothing to finish that would not go on elsewhere
 LOOK_AGAIN_S = 0.5  # between two looks whether a replica that is to stop has finished, in place of Serve's 2
+LOOK_BACK_S = 5.0  # over so long the demand is averaged: some chunks, between two of which a video wants none
 # Replicas that compute keep their freed memory: where glibc gives every large tensor back at once, as service.py has it
 # do for all the others, a CPU decodes at half the speed (measured: the kernel clears the pages again and again).
 TENSORS = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
+
+
+def application(args: dict[str, Any]) -> Application:
+    """The graph of the configuration in `args`, which Serve builds in a process of the cluster. What is wrong with it
+    stands in the application's status, in one line."""
+    try:
+        return build_app(AppConfig.parse(args, "args"))[0]
+    except HeliosError as error:
+        raise RayServeException(str(error)) from error
+
+
+def verify(config: AppConfig) -> None:
+    """Reads the headers of all weights that lie in folders: a broken file is then one clear message, and not several
+    replicas that fail. Raises CheckpointError."""
+    for settings in config.models:
+        checkpoint = Checkpoint.open(settings.model)
+        if checkpoint.hub_id is None:
+            checkpoint.verify()
 
 
 def build_app(config: AppConfig) -> tuple[Application, list[Pool]]:
     """Ingress ▸ Director ▸ for each model (TextEncoder, Sampler, VaeDecoder), of which models share what is equal; and
     the pool of each deployment.
 
-    Raises CheckpointError if a model cannot be opened, ConfigError if two have the same id, or if strangers could come
-    in. Weights are loaded by the replicas, each its own.
+    Raises CheckpointError if a model cannot be opened, ConfigError if two have the same id, if the keys cannot be read,
+    or if strangers could come in. Weights are loaded by the replicas, each its own.
     """
     config.check_door()
+    if config.keys is not None:
+        read_keys(Path(config.keys))  # here, so that a file that cannot be read is one clear message
     checkpoints = [Checkpoint.open(settings.model) for settings in config.models]
     ids = [checkpoint.card.id for checkpoint in checkpoints]
     if len(set(ids)) < len(ids):
         raise ConfigError(f"models are {', '.join(ids)}; allowed: each id once")
-    for checkpoint in checkpoints:
-        if checkpoint.hub_id is None:
-            checkpoint.verify()  # here, so that a broken file is one clear message and not five failing replicas
-    # Replicas have working directories of their own and may be on other machines: they get what means the same there.
-    trace_file = None if config.trace_file is None else str(Path(config.trace_file).absolute())
-    keys = None if config.keys is None else str(Path(config.keys).absolute())
-    if keys is not None:
-        read_keys(Path(keys))  # here too: a file that cannot be read is one clear message
-    config = config.override(store=Store(config.store).url, trace_file=trace_file, keys=keys)
 
     encoders, decoders = _owners(checkpoints, "text_encoder"), _owners(checkpoints, "vae")
     text_encoders, samplers, vae_decoders = {}, {}, {}
@@ -68,13 +81,12 @@ def build_app(config: AppConfig) -> tuple[Application, list[Pool]]:
         samplers[own] = sampler.bind(config, settings.sampler, source)
     models = {
         checkpoint.card.id: ModelHandles(
-            settings.sampler,
             checkpoint.fingerprint(),
             text_encoders[encoder],
             samplers[checkpoint.card.id],
             vae_decoders[decoder],
         )
-        for settings, checkpoint, encoder, decoder in zip(config.models, checkpoints, encoders, decoders, strict=True)
+        for checkpoint, encoder, decoder in zip(checkpoints, encoders, decoders, strict=True)
     }
     director = deploy(DirectorReplica, config.director, at_once=MANY, name="Director").bind(config, models)
     ingress: Application = deploy(
@@ -112,16 +124,19 @@ def deploy(
     if environment is not None:
         resources["runtime_env"] = {"env_vars": environment}
     size: dict[str, Any] = {"num_replicas": pool.min_replicas}
-    if pool.max_replicas > pool.min_replicas:
+    if pool.max_replicas > pool.min_replicas or replica is DirectorReplica:  # which is one, but is asked for figures
         scaling = pool.model_dump(include={"min_replicas", "max_replicas", "upscale_delay_s", "downscale_delay_s"})
-        size = {"autoscaling_config": {**scaling, "target_ongoing_requests": at_once}}
+        size = {
+            "autoscaling_config": {**scaling, "look_back_period_s": LOOK_BACK_S, "target_ongoing_requests": VIEWERS}
+        }
     return serve.deployment(
         replica,
         name=name or replica.__name__,
         max_ongoing_requests=at_once,
         ray_actor_options=resources,
         health_check_period_s=2,
-        graceful_shutdown_timeout_s=LONGEST_ANSWER_S if at_once == MANY else LONGEST_CHUNK_S,
+        # One that computes may finish its call: what takes longer is taken to hang, and would be replaced anyway.
+        graceful_shutdown_timeout_s=pool.max_call_seconds if isinstance(pool, VaePool) else LONGEST_ANSWER_S,
         graceful_shutdown_wait_loop_s=LOOK_AGAIN_S,
         **size,
     )

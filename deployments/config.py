@@ -27,9 +27,13 @@ class Settings(BaseModel):
 
 
 class Pool(Settings):
-    """The replicas of one deployment and what each gets: whole GPUs on a cluster, shares of a CPU on a laptop."""
+    """The replicas of one deployment and what each gets: whole GPUs on a cluster, shares of a CPU on a laptop.
 
-    min_replicas: int = Field(1, ge=1)
+    With `max_replicas` above `min_replicas` there are as many as are wanted (autoscaling.py). `min_replicas` 0: none,
+    once nothing was wanted for `downscale_delay_s`; the next video then waits until one has loaded its weights.
+    """
+
+    min_replicas: int = Field(1, ge=0)
     max_replicas: int = Field(1, ge=1)
     num_cpus: float = Field(0.1, ge=0)
     num_gpus: float = Field(0, ge=0)
@@ -159,6 +163,13 @@ class AppConfig(Settings):
             raise ValueError(f"max_replicas is {pool.max_replicas}; allowed: 1, because one Director leads a store")
         return pool
 
+    @pydantic.field_validator("director", "ingress")
+    @classmethod
+    def _always_there(cls, pool: Pool) -> Pool:
+        if pool.min_replicas < 1:
+            raise ValueError(f"min_replicas is {pool.min_replicas}; allowed: at least 1, because it is what is asked")
+        return pool
+
     @pydantic.model_validator(mode="after")
     def _paced_in_tests_only(self) -> AppConfig:
         for settings in self.models:
@@ -180,7 +191,7 @@ class AppConfig(Settings):
     def override(self, **changes: object) -> AppConfig:
         """This configuration with the settings that are not None replaced, and checked again. Raises ConfigError."""
         data = self.model_dump(mode="json") | {name: value for name, value in changes.items() if value is not None}
-        return self._checked(data, "the command line")
+        return self.parse(data, "the command line")
 
     def with_model(self, model: str | None) -> AppConfig:
         """This configuration with one model, on samplers like those of its first, if a model is given."""
@@ -209,10 +220,11 @@ class AppConfig(Settings):
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or the date 2026-13-01
             raise ConfigError(f"{path}: not readable as YAML: {error}") from None
-        return cls._checked({} if data is None else data, str(path))
+        return cls.parse({} if data is None else data, str(path))
 
     @classmethod
-    def _checked(cls, data: object, source: str) -> AppConfig:
+    def parse(cls, data: object, source: str) -> AppConfig:
+        """The configuration in plain data, as YAML or JSON has it. `source`: for the message. Raises ConfigError."""
         try:
             # As JSON, where a mapping may become a dataclass although types are strict.
             return cls.model_validate_json(json.dumps(data, default=str))

@@ -117,7 +117,7 @@ class Director:
             queued=lambda: sum(room.entrance.waiting for room in self._rooms.values()),
             waiting=lambda: sum(turns.waiting for turns in self._turns.values()),
             sampling=lambda: sum(turns.sampling for turns in self._turns.values()),
-            samplers=lambda: sum(map(graph.samplers, graph.models)),
+            replicas=graph.replicas,
             watchers=lambda: sum(video.watchers for video in self._running.values()),
             store_up=lambda: not store.health.away,
         )
@@ -161,6 +161,13 @@ class Director:
     async def ready(self) -> None:
         """Returns if videos can be accepted. Raises StoreUnavailable."""
         await self._store.newest_term()
+
+    def wanting(self) -> dict[str, int]:
+        """Model ▸ how many of its videos want a chunk now: those that have a sampler, and all that wait for one."""
+        return {
+            model: turns.sampling + turns.waiting + self._rooms[model].entrance.waiting
+            for model, turns in self._turns.items()
+        }
 
     async def metrics(self) -> bytes:
         """What was counted, in Prometheus' text format."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
-from deployments.config import AppConfig, Pool, Quota
+from deployments.config import AppConfig, Quota
 from deployments.director import Director
 from deployments.logs import log_with_serve
 from deployments.making import Ref, ReplicaLost
@@ -37,13 +38,28 @@ NEXT_DIRECTOR_S = 30.0
 
 @dataclass(frozen=True)
 class ModelHandles:
-    """Who computes for one model. `pool`: its samplers'; `fingerprint`: its checkpoint's."""
+    """Who computes for one model. `fingerprint`: its checkpoint's."""
 
-    pool: Pool
     fingerprint: str
     text_encoder: DeploymentHandle
     sampler: DeploymentHandle
     vae_decoder: DeploymentHandle
+
+
+@dataclass
+class Load:
+    """What one deployment was asked for: calls under way, and the seconds that all of them took so far."""
+
+    calls: int = 0
+    seconds: float = 0.0
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        self.calls += 1
+        try:
+            yield
+        finally:
+            self.calls -= 1
 
 
 class ServeGraph:
@@ -52,6 +68,10 @@ class ServeGraph:
     def __init__(self, models: Mapping[str, ModelHandles]) -> None:
         """`models`: by the id that requests use."""
         self._models = models
+        self._loads: dict[str, Load] = {}  # of each deployment that serves the videos of several samplers
+        for own in models.values():
+            for handle in (own.text_encoder, own.vae_decoder):
+                self._loads.setdefault(handle.deployment_name, Load())
 
     @property
     def models(self) -> Sequence[str]:
@@ -61,16 +81,35 @@ class ServeGraph:
         return self._models[model].fingerprint
 
     def samplers(self, model: str) -> int:
-        pool, live = self._models[model].pool, live_replicas(self._models[model].sampler)
-        if live < pool.max_replicas and pool.min_replicas < pool.max_replicas:
-            return live + 1  # Serve adds a replica only if it sees a call that none can take
-        return max(1, live)  # with none alive, one call waits for the first that is
+        return max(1, live_replicas(self._models[model].sampler))  # with none alive, one call waits for the first
+
+    def replicas(self, part: str) -> int:
+        handles = {handle.deployment_name: handle for handle in (getattr(own, part) for own in self._models.values())}
+        return sum(map(live_replicas, handles.values()))
+
+    def demand(self, wanting: Mapping[str, int]) -> dict[str, float]:
+        """What the policy in autoscaling.py is told. `wanting`: by model, the videos that want a chunk."""
+        told: dict[str, float] = {}
+        for model, own in self._models.items():
+            told[f"{own.sampler.deployment_name}/wanting"] = wanting[model]
+        for name, load in self._loads.items():
+            told |= {f"{name}/calls": load.calls, f"{name}/work": load.seconds}
+        return told
 
     async def encode(self, call: Call, model: str, prompt: str) -> tuple[Ref, StoredObject]:
-        return await call_by_reference(self._models[model].text_encoder, "encode", call, prompt, to_its_end=True)
+        handle = self._models[model].text_encoder
+        load = self._loads[handle.deployment_name]
+        with load.call():
+            text, encoded = await call_by_reference(handle, "encode", call, prompt, to_its_end=True)
+        load.seconds += encoded.seconds
+        return text, encoded.stored
 
     async def encode_media(self, call: Call, spec: VideoSpec, media: StoredObject) -> Ref:
-        state, _ = await call_by_reference(self._models[spec.model].vae_decoder, "encode_media", call, spec, media)
+        handle = self._models[spec.model].vae_decoder
+        load = self._loads[handle.deployment_name]
+        with load.call():
+            state, seconds = await call_by_reference(handle, "encode_media", call, spec, media)
+        load.seconds += seconds
         return state
 
     async def sample(
@@ -80,8 +119,12 @@ class ServeGraph:
         return await call_by_reference(sampler, "sample_chunk", call, spec, index, weights, state, *texts)
 
     async def render(self, call: Call, spec: VideoSpec, term: int, state: Ref, sampled: SampleReport) -> Rendered:
-        vae_decoder = self._models[spec.model].vae_decoder
-        rendered: Rendered = await call_to_its_end(vae_decoder, "render_chunk", call, spec, term, state, sampled)
+        handle = self._models[spec.model].vae_decoder
+        load = self._loads[handle.deployment_name]
+        with load.call():
+            rendered: Rendered = await call_to_its_end(handle, "render_chunk", call, spec, term, state, sampled)
+        timings = rendered.chunk.timings
+        load.seconds += timings.decode_seconds + timings.encode_seconds  # one is stored while the next is decoded
         return rendered
 
 
@@ -91,8 +134,9 @@ class DirectorReplica:
     async def __init__(self, config: AppConfig, models: dict[str, ModelHandles]) -> None:  # type: ignore[misc]
         log_with_serve()
         tracer = Tracer("director", config.trace_file)
+        self._graph = ServeGraph(models)
         self._director = await Director.start(
-            ServeGraph(models),
+            self._graph,
             Store(config.store),
             tracer,
             patience_s=config.store_patience_s,
@@ -105,6 +149,10 @@ class DirectorReplica:
 
     def check_health(self) -> None:
         self._director.check_health()
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Serve asks several times a second, for the policy."""
+        return self._graph.demand(self._director.wanting())
 
     async def admit(self, owner: str, quota: Quota) -> None:
         await self._director.admit(owner, quota)

@@ -86,6 +86,10 @@ class Graph(Protocol):
         """How many calls of `sample` for this model may be under way at once, at least 1."""
         ...
 
+    def replicas(self, part: str) -> int:
+        """How many replicas of all models' text_encoder, sampler or vae_decoder can take calls now."""
+        ...
+
     async def encode(self, call: Call, model: str, prompt: str) -> tuple[Ref, StoredObject]:
         """The prompt's TextEmbeddings, by reference and as they were stored."""
         ...

@@ -25,8 +25,10 @@ from ray.exceptions import (
     TaskCancelledError,
     WorkerCrashedError,
 )
+from ray.serve.context import _get_global_client
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import ServeDeploySchema
 
 from deployments.making import InputLost, ReplicaLost
 from helios_core.errors import HeliosError
@@ -112,6 +114,20 @@ async def _ended(result: ObjectRef) -> Any:
         await asyncio.wait([ended])
         _ = ended.cancelled() or ended.exception()  # nobody is left to hear of it
         raise
+
+
+def deploy(config: dict[str, Any]) -> None:
+    """Deploys the applications of a ServeDeploySchema, as `serve deploy` does, and returns when they run and answer.
+    Other applications stay. Needs a Serve that was started. Raises RuntimeError with what one says of its failure."""
+    client = _get_global_client()
+    schema = ServeDeploySchema.model_validate(config)
+    others = ray.get(client._controller.get_app_configs.remote())
+    names = [own.name for own in schema.applications]
+    schema.applications += [other for name, other in others.items() if name not in names]
+    client.deploy_apps(schema)
+    for name in names:
+        client._wait_for_application_running(name)
+    client.wait_for_proxies_serving(wait_for_applications_running=True)
 
 
 def live_replicas(handle: DeploymentHandle) -> int:

@@ -57,6 +57,13 @@ class Run(Record):
     from_chunk: int
 
 
+class Encoded(Record):
+    """What a text encoder says of a prompt: where its embeddings are stored, and the seconds that they took."""
+
+    stored: StoredObject
+    seconds: float
+
+
 class SampleReport(Record):
     """What a sampler says of the chunk that it made: transformer steps run, seconds, when it began (Unix time), and on
     what it runs."""

@@ -13,20 +13,17 @@ import ray
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
-from ray.serve.schema import LoggingConfig
 
-from deployments.app import build_app
+from deployments.app import build_app, verify
 from deployments.config import AppConfig, Pool
+from deployments.ray_calls import deploy
+from deployments.rendering import APP_NAME, MALLOC, environment, serve_config
 from deployments.store import Store
 from helios_core.errors import HeliosError
 
 logger = logging.getLogger(__name__)
 
-APP_NAME = "helios"
 LONGEST_STOP_S = 15.0
-# glibc keeps what was freed, some MB for each thread, unless told otherwise: over ten minutes of video a Director then
-# grows by 10 %, with these by 2.5 % (measured).
-MALLOC = {"MALLOC_ARENA_MAX": "2", "MALLOC_TRIM_THRESHOLD_": "131072"}
 OBJECT_STORE_BYTES = 10**9  # of a Ray that we start ourselves; a 640x384 state is 5 MB
 
 
@@ -41,15 +38,18 @@ def run_service(config: AppConfig) -> Iterator[str]:
     """Deploys the graph, yields the URL of the ready service, and takes it down again.
 
     Joins the Ray cluster that RAY_ADDRESS names, whose Serve proxies then listen; else starts Ray on this machine.
-    Raises CheckpointError, StoreInUse, StoreUnavailable or StartFailed.
+    Raises CheckpointError, ConfigError, StoreInUse, StoreUnavailable or StartFailed.
     """
     address = os.environ.get("RAY_ADDRESS") or "local"
+    schema = serve_config(config)
     with Store(config.store).lock():
-        graph, pools = build_app(config)
+        verify(config)
+        _, pools = build_app(config)  # here too: what is wrong with it is told before Ray is started
         try:
             if address == "local":
                 _check_port(config.host, config.port)
-                os.environ.update(environment(config))
+                mine = {name: os.environ[name] for name in MALLOC if name in os.environ}
+                os.environ.update(environment(config) | mine)
                 _start_ray(
                     include_dashboard=False,
                     object_store_memory=OBJECT_STORE_BYTES,
@@ -60,9 +60,8 @@ def run_service(config: AppConfig) -> Iterator[str]:
             else:
                 ray.init(address, logging_level=logging.WARNING, log_to_driver=False)
             logging.getLogger("ray.serve").setLevel(logging.WARNING)
-            serve.start(http_options={"host": config.host, "port": config.port})
-            logs = LoggingConfig(encoding="JSON", enable_access_log=False)
-            serve.run(graph, name=APP_NAME, route_prefix="/", logging_config=logs)
+            serve.start(http_options=schema["http_options"])
+            deploy(schema)
         except (RuntimeError, ConnectionError, ValueError) as error:
             ray.shutdown()
             raise StartFailed(str(error)) from error
@@ -79,17 +78,6 @@ def run_service(config: AppConfig) -> Iterator[str]:
                 else:
                     serve.delete(APP_NAME)  # other applications of the cluster are not ours to stop
                 ray.shutdown()
-
-
-def environment(config: AppConfig) -> dict[str, str]:
-    """What Ray is to be started with, as each of Serve's processes reads it."""
-    return {
-        "RAY_SERVE_ENABLE_HA_PROXY": str(int(config.haproxy)),
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # a service that goes leaves no time to those who watch
-        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(config.idle_seconds),
-        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.request_ids.before_serve",
-        **{name: os.environ.get(name, value) for name, value in MALLOC.items()},
-    }
 
 
 def _start_ray(**options: Any) -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from deployments.config import AppConfig
 from deployments.logs import log_with_serve, shown
-from deployments.records import Call
+from deployments.records import Call, Encoded
 from deployments.store import Store
 from deployments.tracing import Tracer
 from deployments.watchdog import Watchdog
 from helios_core.checkpoints import Checkpoint, placement, use_threads
+from helios_core.text import TextEmbeddings
 
 
 class TextEncoder:
@@ -26,6 +29,7 @@ class TextEncoder:
         self._encoder = Checkpoint.open(source).load_text_encoder(device, dtype)
         self._store = Store(config.store, config.store_patience_s)
         self._tracer = Tracer("text_encoder", config.trace_file)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="text")
         self._log_prompts = config.log_prompts
         self._watchdog = Watchdog(config.text_encoder.max_call_seconds)
 
@@ -33,7 +37,7 @@ class TextEncoder:
         self._watchdog.check()
 
     async def encode(self, call: Call, prompt: str) -> AsyncIterator[Any]:
-        """First the prompt's TextEmbeddings, then the StoredObject that they are stored as, with the video."""
+        """First the prompt's TextEmbeddings, then how they were Encoded: they are stored with the video."""
         prompt_shown = shown(prompt, self._log_prompts)
         with (
             self._watchdog.watching(),
@@ -41,7 +45,11 @@ class TextEncoder:
                 "encode prompt", call.traceparent, video_id=call.video_id, attempt=call.attempt, prompt=prompt_shown
             ),
         ):
-            text = await asyncio.to_thread(self._encoder.encode, prompt)
+            text, seconds = await asyncio.get_running_loop().run_in_executor(self._thread, self._encode, prompt)
             stored = await self._store.put_text(call.video_id, text.digest, text.to_bytes())
         yield text
-        yield stored
+        yield Encoded(stored=stored, seconds=seconds)
+
+    def _encode(self, prompt: str) -> tuple[TextEmbeddings, float]:
+        begin = time.perf_counter()
+        return self._encoder.encode(prompt), time.perf_counter() - begin

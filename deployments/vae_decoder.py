@@ -52,7 +52,8 @@ class VaeDecoder:
         self._watchdog.check()
 
     async def encode_media(self, call: Call, spec: VideoSpec, media: StoredObject) -> AsyncIterator[Any]:
-        """First the StreamState before chunk 0, as the uploaded image or video makes it, then None: it is there.
+        """First the StreamState before chunk 0, as the uploaded image or video makes it, then the seconds that this
+        took.
 
         Raises InvalidInput if the file turns out to be broken, or to be something else than it was taken for.
         """
@@ -71,9 +72,13 @@ class VaeDecoder:
             else:
                 clip = await read_clip(path, spec.width, spec.height, self._uploads)
                 encode = partial(state_from_video, self._vae, clip.first_HWC, clip.tail_THWC, clip.frames, spec.seed)
-            state = await asyncio.get_running_loop().run_in_executor(self._thread, encode)
+            state, seconds = await asyncio.get_running_loop().run_in_executor(self._thread, self._timed, encode)
         yield state
-        yield None
+        yield seconds
+
+    def _timed(self, encode: Callable[[], StreamState]) -> tuple[StreamState, float]:
+        begin = time.perf_counter()
+        return encode(), time.perf_counter() - begin
 
     async def render_chunk(
         self, call: Call, spec: VideoSpec, term: int, state: StreamState | StoredObject, sampled: SampleReport

@@ -161,11 +161,14 @@ class Checkpoint:
         """Of all that makes a video what it is: other weights or another configuration have another one.
 
         Of a folder's weights it reads the first and the last megabyte of each file, as 81 GB would take minutes.
+        Raises CheckpointError if a part is missing.
         """
         if self.hub_id is not None:
             return self.hub_id  # with its commit
         found = hashlib.sha256()
         for folder in (*PARTS, "scheduler", "tokenizer"):
+            if not (self.folder / folder).is_dir():
+                raise CheckpointError(f"{self.folder / folder}: folder is missing")
             for path in sorted((self.folder / folder).iterdir()):
                 size = path.stat().st_size
                 with path.open("rb") as file:

@@ -19,7 +19,8 @@ from deployments.config import AppConfig
 from deployments.director import Director
 from deployments.ingress import http_app
 from deployments.keys import new_key
-from deployments.service import OBJECT_STORE_BYTES, environment, run_service
+from deployments.rendering import environment
+from deployments.service import OBJECT_STORE_BYTES, run_service
 from deployments.store import Store
 from deployments.tracing import Tracer
 from helios_core.checkpoints import Checkpoint

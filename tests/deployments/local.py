@@ -39,9 +39,12 @@ class LocalGraph:
     def samplers(self, model: str) -> int:
         return 1
 
+    def replicas(self, part: str) -> int:
+        return 1
+
     async def encode(self, call: Call, model: str, prompt: str) -> tuple[Any, StoredObject]:
-        text, stored = [item async for item in self.text_encoder.encode(call, prompt)]
-        return text, stored
+        text, encoded = [item async for item in self.text_encoder.encode(call, prompt)]
+        return text, encoded.stored
 
     async def encode_media(self, call: Call, spec: VideoSpec, media: StoredObject) -> Any:
         state, _ = [item async for item in self.vae_decoder.encode_media(call, spec, media)]

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.serve.exceptions import RayServeException
+from ray.serve.schema import ServeDeploySchema
 
-from deployments.app import build_app, deploy
+from deployments.app import application, build_app, deploy, verify
 from deployments.config import AppConfig, ConfigError, Pool
+from deployments.rendering import serve_config
 from deployments.sampler import Sampler
 from helios_core.demo.stand_in import write_checkpoint
 from helios_core.errors import CheckpointError
@@ -32,7 +35,7 @@ def test_sampler_of_the_readme_gets_an_h100_per_replica_and_is_scaled(tmp_path: 
     sampler = options(readme_config(tmp_path).models[0].sampler)
     assert sampler.ray_actor_options == {"num_cpus": 4, "num_gpus": 1, "accelerator_type": "H100"}
     scaling = sampler._deployment_config.autoscaling_config
-    assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (1, 8, 1)
+    assert (scaling.min_replicas, scaling.max_replicas) == (1, 8)
     assert sampler.max_ongoing_requests == 1
 
 
@@ -87,11 +90,31 @@ def test_two_models_of_one_name_are_refused(tmp_path: Path) -> None:
 def test_replicas_are_told_of_files_by_their_whole_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They have other working directories."""
     monkeypatch.chdir(tmp_path)
-    ingress, _ = build_app(AppConfig(store="store", trace_file="spans.jsonl").with_model("random"))
-    config = ingress._bound_deployment.init_args[0]
-    assert (config.store, config.trace_file) == (f"{tmp_path}/store", f"{tmp_path}/spans.jsonl")
+    config = AppConfig(store="store", trace_file="spans.jsonl", keys="keys.json")
+    (own,) = serve_config(config)["applications"]
+    expected = {"store": f"{tmp_path}/store", "trace_file": f"{tmp_path}/spans.jsonl", "keys": f"{tmp_path}/keys.json"}
+    assert own["args"] == expected
+
+
+def test_the_graph_that_is_built_from_a_rendered_configuration_is_that_of_the_configuration(tmp_path: Path) -> None:
+    pools = readme_config(tmp_path).model_dump(mode="json", include={"models", "vae_decoder", "text_encoder"})
+    config = AppConfig(store=str(tmp_path)).override(**pools).with_model("random")
+    (own,) = ServeDeploySchema.model_validate(serve_config(config)).applications
+    assert AppConfig.parse(own.args, "args") == config
+    assert application(own.args)._bound_deployment.init_args[0] == config
+
+
+def test_what_is_wrong_with_a_configuration_stands_in_the_status_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(RayServeException, match=r"^args: modle is 'demo': Extra inputs are not permitted$"):
+        application({"modle": "demo"})
+    with pytest.raises(RayServeException, match=r"^host is 0.0.0.0, and there are no keys"):
+        application({"host": "0.0.0.0"})
 
 
 def test_a_broken_checkpoint_is_refused_before_anything_is_deployed(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"model_index.json|transformer/config.json"):
         build_app(AppConfig().with_model(str(tmp_path)))
+    write_checkpoint(tmp_path / "random")
+    (tmp_path / "random/vae/diffusion_pytorch_model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(CheckpointError, match=r"not a whole safetensors file"):
+        verify(AppConfig().with_model(str(tmp_path / "random")))

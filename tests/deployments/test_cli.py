@@ -233,7 +233,8 @@ BAD_CONFIG: dict[str, tuple[str, list[str]]] = {
     "text for a limit": ("limits: {max_side: '640'}", ["limits.max_side is '640'", "integer"]),
     "number for a text": ("models: [{model: 5}]", ["models.0.model is 5", "string"]),
     "out of range": ("port: 65536", ["port is 65536", "65535"]),
-    "no replica": ("vae_decoder: {min_replicas: 0}", ["vae_decoder.min_replicas is 0", "1"]),
+    "no replica": ("ingress: {min_replicas: 0}", ["ingress", "min_replicas is 0", "at least 1"]),
+    "no replica at all": ("vae_decoder: {max_replicas: 0}", ["vae_decoder.max_replicas is 0", "1"]),
     "fewer at most than at least": ("vae_decoder: {min_replicas: 2}", ["vae_decoder", "max_replicas is 1", "at least"]),
     "two Directors": ("director: {max_replicas: 2}", ["director", "max_replicas is 2", "allowed: 1"]),
     "pace without testing": (
@@ -271,7 +272,7 @@ def test_missing_configuration_is_refused(helios: Run) -> None:
     ("options", "expected", "words"),
     [
         (["--port", "70000"], 1, ["port is 70000", "65535"]),
-        (["--samplers", "0"], 1, ["models.0.sampler.min_replicas is 0"]),
+        (["--samplers", "0"], 1, ["models.0.sampler.max_replicas is 0"]),
         (["--store", "ftp://somewhere"], 2, ["store is 'ftp://somewhere'", "s3://"]),
     ],
 )

@@ -32,7 +32,8 @@ from ray._private.internal_api import global_gc, node_stats
 
 from deployments.config import AppConfig
 from deployments.records import VideoRecord
-from deployments.service import APP_NAME, run_service
+from deployments.rendering import APP_NAME
+from deployments.service import run_service
 from tests.deployments.boxes import read_boxes, reader
 
 pytestmark = pytest.mark.ray

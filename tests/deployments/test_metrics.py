@@ -126,6 +126,9 @@ def test_every_series_is_there_from_the_start_at_zero() -> None:
         "helios_retries_total sampler input_lost",
         "helios_retries_total vae_decoder replica_lost",
         "helios_retries_total vae_decoder input_lost",
+        "helios_replicas text_encoder",
+        "helios_replicas sampler",
+        "helios_replicas vae_decoder",
     }
     metrics = Metrics()
     make(metrics, [T + 2, T + 3], "completed", T + 4)
@@ -234,12 +237,16 @@ def test_waits_and_retries() -> None:
 
 def test_gauges_are_read_with_each_text() -> None:
     metrics, running = Metrics(), ["a"]
-    metrics.observe(lambda: len(running), lambda: 6, lambda: 2, lambda: 3, lambda: 4, lambda: 5, lambda: True)
+    replicas = {"text_encoder": 0, "sampler": 4, "vae_decoder": 1}
+    metrics.observe(
+        lambda: len(running), lambda: 6, lambda: 2, lambda: 3, replicas.__getitem__, lambda: 5, lambda: True
+    )
     expected = {
         "helios_videos_queued": 6,
         "helios_queue_depth": 2,
         "helios_sampling": 3,
-        "helios_samplers": 4,
+        "helios_replicas sampler": 4,
+        "helios_replicas vae_decoder": 1,
         "helios_watchers": 5,
     }
     expected |= {"helios_store_up": 1}
@@ -251,7 +258,7 @@ def test_gauges_are_read_with_each_text() -> None:
 def test_two_are_independent() -> None:
     metrics, other = Metrics(), Metrics()
     make(metrics, [T + 2], "failed", T + 3)
-    metrics.observe(*[lambda: 7] * 6, lambda: True)
+    metrics.observe(*[lambda: 7] * 4, lambda part: 7, lambda: 7, lambda: True)
     assert moved(other) == {}
 
 

@@ -23,7 +23,8 @@ from PIL import Image
 from ray import serve
 
 from deployments.config import AppConfig
-from deployments.service import APP_NAME, run_service
+from deployments.rendering import APP_NAME
+from deployments.service import run_service
 from tests.core import media_files
 
 pytestmark = pytest.mark.ray

@@ -22,7 +22,7 @@ from ray import serve
 from deployments.cli import save_stream
 from deployments.ray_calls import log_folder
 from deployments.records import VideoRecord
-from deployments.service import APP_NAME
+from deployments.rendering import APP_NAME
 from helios_core.config import CHUNK_FRAMES
 from helios_core.errors import HeliosError
 from helios_core.helios import Helios

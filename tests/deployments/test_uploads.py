@@ -21,7 +21,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from deployments.service import APP_NAME
+from deployments.rendering import APP_NAME
 from tests.core import media_files
 from tests.deployments.conftest import MAX_UPLOAD_BYTES, Served
 from tests.deployments.test_faults import wait_until
