@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,13 @@ def build_app(config: AppConfig) -> tuple[Application, list[Pool]]:
         )
         for checkpoint, encoder, decoder in zip(checkpoints, encoders, decoders, strict=True)
     }
-    director = deploy(DirectorReplica, config.director, at_once=MANY, name="Director").bind(config, models)
+    sizes = {own: settings.sampler for own, settings in zip(ids, config.models, strict=True)}
+    always = [sampler for own, sampler in samplers.items() if sizes[own].min_replicas]
+    always += text_encoders.values() if config.text_encoder.min_replicas else ()
+    always += vae_decoders.values() if config.vae_decoder.min_replicas else ()
+    director = deploy(DirectorReplica, config.director, at_once=MANY, name="Director").bind(
+        config, models, always, secrets.token_hex(8)
+    )
     ingress: Application = deploy(
         Ingress,
         config.ingress,

@@ -35,7 +35,7 @@ from deployments.records import (
     VideoStatus,
 )
 from deployments.retention import Keep, Retention
-from deployments.store import ObjectMissing, Store, StoreUnavailable, Superseded
+from deployments.store import ONE, ObjectMissing, Retired, Store, StoreUnavailable, Superseded
 from deployments.tracing import Tracer
 from deployments.turns import Turns
 from helios_core.errors import HeliosError
@@ -134,17 +134,26 @@ class Director:
         unwatched_s: float = UNWATCHED_S,
         keep: Keep | None = None,
         admission: AdmissionSettings = AS_MANY_AS_USUAL,
+        service: str = ONE,
     ) -> Director:
         """Takes the lead of `store` with a new term, and goes on with the videos that an earlier Director left behind:
         not here, so that none can keep it from starting.
 
         `patience_s`: how long a video waits for a store that is away; `keep_all_states`: of each video, not only the
         last; `unwatched_s`: how long one that is made for its watchers goes on without one; `keep`: what is kept of the
-        videos that have ended; None: all, and nothing is deleted by itself; `admission`: how many videos come in.
+        videos that have ended; None: all, and nothing is deleted by itself; `admission`: how many videos come in;
+        `service`: for which the term is claimed. If another one has led since, this Director leads nothing.
         Raises StoreUnavailable.
         """
-        term = await store.claim_term()
+        retired = None
+        try:
+            term = await store.claim_term(service)
+        except Retired as error:
+            term, retired = 0, error
         director = cls(graph, store, tracer, term, patience_s, keep_all_states, log_prompts, unwatched_s, admission)
+        if retired is not None:
+            director._superseded = retired
+            return director
         for video_id in await store.active():
             task = asyncio.create_task(director._resume(video_id), name=f"resuming {video_id}")
             director._resuming[video_id] = task
@@ -154,12 +163,19 @@ class Director:
         return director
 
     def check_health(self) -> None:
-        """Raises Superseded if another Director leads the store."""
+        """Raises Superseded if another Director of this service leads the store: then this one is to be replaced. If
+        it is another service's there is nothing to replace it with."""
+        if self._superseded is not None and not isinstance(self._superseded, Retired):
+            raise self._superseded
+
+    def check_leads(self) -> None:
+        """Raises Superseded if another Director is known to lead the store."""
         if self._superseded is not None:
             raise self._superseded
 
     async def ready(self) -> None:
-        """Returns if videos can be accepted. Raises StoreUnavailable."""
+        """Returns if videos can be accepted. Raises Superseded or StoreUnavailable."""
+        self.check_leads()
         await self._store.newest_term()
 
     def wanting(self) -> dict[str, int]:
@@ -177,7 +193,7 @@ class Director:
 
     async def admit(self, owner: str, quota: Quota) -> None:
         """Returns if this owner may ask for a video, whatever it is. Raises TooMany, or StoreUnavailable."""
-        self.check_health()
+        self.check_leads()
         await self._admission.check(owner, quota)
 
     async def create(self, request: VideoRequestRecord, again: bool = False, quota: Quota = NO_QUOTA) -> VideoStatus:
@@ -207,7 +223,7 @@ class Director:
             return await self.get(request.id)
         if request.id in self._running:
             return await self.get(request.id)
-        self.check_health()
+        self.check_leads()
         if again and request.input is not None:
             await self._check_input(request.id, request.input)
         if self._resuming:  # what an earlier Director left behind counts, too
@@ -304,7 +320,7 @@ class Director:
     async def _found(self, video_id: str) -> RunningVideo | None:
         """A video that has not ended. Raises Superseded if that is not this Director's to say, StoreUnavailable if what
         an earlier one left behind cannot be read yet."""
-        self.check_health()
+        self.check_leads()
         if task := self._resuming.get(video_id):
             await asyncio.wait([task], timeout=NEWS_S)
             if not task.done():
@@ -407,15 +423,13 @@ class Director:
                     async with asyncio.timeout(NEWS_S):
                         while len(video.record.chunks) <= seen and not video.record.ended:
                             await video.changed.wait()
-                            self.check_health()
+                            self.check_leads()
                 except TimeoutError:
                     pass  # no news
             if video_id in self._hidden:  # it ended because it is being deleted
                 raise NoSuchVideo(video_id)
             record = video.record
-        return News(
-            status=record.status, spec=record.spec, init=record.init, chunks=record.chunks[seen:], error=record.error
-        )
+        return News.of(record, seen)
 
     async def cancel(self, video_id: str) -> VideoStatus:
         """Stops a video and returns when it has ended; what was committed stays. One that has ended stays as it is.
@@ -429,7 +443,7 @@ class Director:
         over = asyncio.create_task(video.over.wait())
         await asyncio.wait([over, video.leading], return_when=asyncio.FIRST_COMPLETED)
         over.cancel()
-        self.check_health()
+        self.check_leads()
         return self._status(video.record)
 
     async def delete(self, video_id: str) -> None:
@@ -552,6 +566,16 @@ class Director:
             video.unwatched = asyncio.get_running_loop().call_later(self._unwatched_s, self._cancel_unwatched, video)
 
     def _cancel_unwatched(self, video: RunningVideo) -> None:
+        if not video.watchers:
+            asking = asyncio.create_task(self._cancel_unless_watched_elsewhere(video), context=contextvars.Context())
+            video.changes.add(asking)
+            asking.add_done_callback(video.changes.discard)
+
+    async def _cancel_unless_watched_elsewhere(self, video: RunningVideo) -> None:
+        """The service that led before this one may still have viewers of it, of whom its ingress tells by the store."""
+        with suppress(StoreUnavailable):
+            if await self._store.watched_within(video.request.id, self._unwatched_s):
+                return self._watch_out(video)
         if not video.watchers:
             event(logger, "unwatched", video.request)
             self._cancel(video)

@@ -15,7 +15,7 @@ from deployments.config import AppConfig, Quota
 from deployments.director import Director
 from deployments.logs import log_with_serve
 from deployments.making import Ref, ReplicaLost
-from deployments.ray_calls import call, call_by_reference, call_to_its_end, live_replicas
+from deployments.ray_calls import call, call_by_reference, call_to_its_end, live_replicas, until_live
 from deployments.records import (
     Call,
     News,
@@ -27,11 +27,11 @@ from deployments.records import (
     VideoStatus,
 )
 from deployments.retention import Keep
-from deployments.store import Store, Superseded
+from deployments.store import Retired, Store, Superseded
 from deployments.tracing import Tracer
 from helios_core.spec import PromptChange, VideoSpec
 
-LEADERLESS = (ReplicaLost, Superseded)  # the Director died, or another one leads
+LEADERLESS = (ReplicaLost, Superseded)  # the Director died, or another one of this service leads
 ASK_AGAIN_S = 0.5
 NEXT_DIRECTOR_S = 30.0
 
@@ -131,14 +131,22 @@ class ServeGraph:
 class DirectorReplica:
     """A Director over a ServeGraph, as a deployment."""
 
-    async def __init__(self, config: AppConfig, models: dict[str, ModelHandles]) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self, config: AppConfig, models: dict[str, ModelHandles], always: list[DeploymentHandle], service: str
+    ) -> None:
+        """`always`: those of the models' deployments that always have a replica; `service`: this deployment of the
+        graph, among all that ever used its store."""
         log_with_serve()
         tracer = Tracer("director", config.trace_file)
         self._graph = ServeGraph(models)
+        store = Store(config.store)
+        if not await store.has_led(service):  # whoever leads until then can make videos, and this one cannot yet
+            await until_live(always)
         self._director = await Director.start(
             self._graph,
-            Store(config.store),
+            store,
             tracer,
+            service=service,
             patience_s=config.store_patience_s,
             keep_all_states=config.keep_states == "all",
             log_prompts=config.log_prompts,
@@ -213,6 +221,8 @@ class RemoteDirector:
     async def create(self, request: VideoRequestRecord, again: bool, quota: Quota) -> VideoStatus:
         try:
             status: VideoStatus = await call(self._handle, "create", request, again, quota)
+        except Retired:
+            raise
         except LEADERLESS:
             status = await self._of_next("create", request, True, quota)  # it may have been accepted
         return status
@@ -256,6 +266,8 @@ class RemoteDirector:
         """The answer to what may be asked twice: of the next Director, if this one dies over it."""
         try:
             return await call(self._handle, method, *args)
+        except Retired:
+            raise
         except LEADERLESS:
             return await self._of_next(method, *args)
 

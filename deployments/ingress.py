@@ -35,6 +35,7 @@ from deployments.door import Door, install_cors, without_link
 from deployments.drafts import KEY, Draft, Drafts, Once, known, no_such_model
 from deployments.errors import CutOff, RequestError, install_error_handlers, status_of
 from deployments.events import Position, events, position_of
+from deployments.following import following
 from deployments.graph import RemoteDirector
 from deployments.hls import init_response, playlist_response, segment_response
 from deployments.keys import Key
@@ -96,7 +97,7 @@ def http_app(
     drafts = Drafts(config, models, director.get, store)
     leaving: set[asyncio.Task[None]] = set()
     patient = store.patient(config.store_patience_s)  # for bodies that have begun: viewers wait
-    watches, fragments = Watches(director.news), Fragments(patient)
+    watches, fragments = Watches(following(director.news, store)), Fragments(patient)
 
     async def accepted(
         request: Request,

@@ -9,7 +9,7 @@ went wrong; waiting for the value itself would copy it into the caller.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,6 +33,7 @@ from ray.serve.schema import ServeDeploySchema
 from deployments.making import InputLost, ReplicaLost
 from helios_core.errors import HeliosError
 
+LOOK_AGAIN_S = 0.1  # at what replicas there are, of which Serve tells by a list in this process
 HEARD_WITHIN_S = 0.2  # so long a replica's beginning may take to be heard of
 REPLICA_LOST = (
     *(RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError, TaskCancelledError),  # Ray's
@@ -128,6 +129,15 @@ def deploy(config: dict[str, Any]) -> None:
     for name in names:
         client._wait_for_application_running(name)
     client.wait_for_proxies_serving(wait_for_applications_running=True)
+
+
+async def until_live(handles: Sequence[DeploymentHandle]) -> None:
+    """Returns when each of these deployments has a replica that can take calls."""
+    for handle in handles:
+        if not handle.is_initialized:
+            handle._init()
+    while not all(map(live_replicas, handles)):  # noqa: ASYNC110 - Serve tells of no change
+        await asyncio.sleep(LOOK_AGAIN_S)
 
 
 def live_replicas(handle: DeploymentHandle) -> int:

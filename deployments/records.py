@@ -277,6 +277,12 @@ class News(Record):
     chunks: tuple[ChunkRecord, ...]
     error: VideoError | None
 
+    @classmethod
+    def of(cls, record: VideoRecord, seen: int) -> News:
+        """Of a video, for who knows its first `seen` chunks."""
+        chunks = record.chunks[seen:]
+        return cls(status=record.status, spec=record.spec, init=record.init, chunks=chunks, error=record.error)
+
     @property
     def ended(self) -> bool:
         return has_ended(self.status)

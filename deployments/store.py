@@ -1,6 +1,8 @@
 """The store: the files of every video, and the job database, as objects behind one URL. It alone knows the keys.
 
-    terms/000003                      claimed exclusively by each Director as it starts; the newest leads
+    terms/000003                      claimed exclusively by each Director as it starts, for the service that it names;
+                                      the newest leads. services/{service}: has led
+    watched/{id}                      by viewers of a service that another one has taken over from
     idempotency/{digest}/000001.json  claimed exclusively for the first request with an Idempotency-Key: its video's id.
                                       {digest}: SHA-256 of owner and key. The highest number holds, for a day
     active/{id}                       from acceptance to the end
@@ -35,6 +37,7 @@ import logging
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -75,6 +78,8 @@ KINDS = {
 
 CLAIM_HOLDS_S = 24 * 3600.0
 
+ONE = "helios"  # the service, where nobody says which
+
 THREADS = 32  # operations under way at once; more wait. Threads are made as they are needed
 
 # Enough to ride out one lost connection. How long a video may wait for its store is decided by the callers.
@@ -102,6 +107,10 @@ class Superseded(HeliosError):
 
     code = "superseded"
     public = "the service is being replaced; try again"
+
+
+class Retired(Superseded):
+    """Another service leads the store, and this one does not come back: no Director of its will claim a term."""
 
 
 class ObjectMissing(HeliosError):
@@ -253,24 +262,39 @@ class Store:
                 ) from None
             yield
 
-    async def claim_term(self) -> int:
-        """A term that nobody else has or gets, higher than all before it."""
+    async def claim_term(self, service: str = ONE) -> int:
+        """A term that nobody else has or gets, higher than all before it. Raises Retired if another service has led
+        since this one did: while an upgrade has two of them, a Director that dies in the old one must not take the
+        videos back."""
         term = await self.newest_term() + 1
         while True:
+            if await self.has_led(service) and (leads := await self._service(term - 1)) != service:
+                raise Retired(f"service {leads} leads since term {term - 1}, and {service} led before it")
             try:
-                await self._put(f"terms/{term:06d}", b"", mode="create")
-                return term
+                await self._put(f"terms/{term:06d}", service.encode(), mode="create")
             except AlreadyExistsError:
                 term += 1
+                continue
+            await self._put(f"services/{service}", b"")
+            return term
+
+    async def has_led(self, service: str) -> bool:
+        """Whether a Director of this service ever claimed a term."""
+        return service in await self._names("services")
+
+    async def _service(self, term: int) -> str:
+        """For which service a term was claimed."""
+        return (await self.read(f"terms/{term:06d}")).decode()
 
     async def newest_term(self) -> int:
         """The highest term that was claimed; 0 before the first."""
         return max((int(name) for name in await self._names("terms") if TERM.fullmatch(name)), default=0)
 
     async def check_leads(self, term: int) -> None:
-        """Raises Superseded if a newer term was claimed."""
+        """Raises Superseded if a newer term was claimed: Retired, if for another service."""
         if (newest := await self.newest_term()) > term:
-            raise Superseded(f"term {newest} leads, and not {term}")
+            own = await self._service(newest) == await self._service(term)
+            raise (Superseded if own else Retired)(f"term {newest} leads, and not {term}")
 
     async def claimed(self, owner: str, key: str, now: float) -> Claim | None:
         """The claim that holds `owner`'s Idempotency-Key at the Unix time `now`."""
@@ -385,7 +409,20 @@ class Store:
 
     async def end(self, video_id: str) -> None:
         """Remove the active marker; nothing happens if there is none."""
-        await self._delete([f"active/{_checked(video_id)}"])
+        await self._delete([f"watched/{_checked(video_id)}", f"active/{video_id}"])
+
+    async def note_watched(self, video_id: str) -> None:
+        """Tells the Director of another service that a video is watched."""
+        await self._put(f"watched/{_checked(video_id)}", b"")
+
+    async def watched_within(self, video_id: str, seconds: float) -> bool:
+        """Whether that was told so recently, by this machine's clock and the store's."""
+        with self._errors():
+            try:
+                noted = _listed(await self._run(obstore.head, f"watched/{_checked(video_id)}"))
+            except FileNotFoundError:
+                return False
+        return time.time() - noted.modified_at <= seconds
 
     async def active(self) -> list[str]:
         """Ids of the videos that were accepted and have not ended, oldest first."""

@@ -813,6 +813,9 @@ class RacingGraph:
     def samplers(self, model: str) -> int:
         return self.world.samplers
 
+    def replicas(self, part: str) -> int:
+        return 1
+
     async def encode(self, call: Call, model: str, prompt: str) -> tuple[Text, StoredObject]:
         async def work() -> tuple[Text, StoredObject]:
             await self._point(call)

@@ -65,10 +65,10 @@ async def test_a_cancelled_call_frees_the_sampler_within_one_step(
 
 async def test_pace_changes_no_bit_and_inputs_may_come_from_the_store(config: Callable[[float], AppConfig]) -> None:
     store = Store(config(0.0).store)
-    text, stored_text = [item async for item in TextEncoder(config(0.0), "random").encode(call(), SPEC.prompt)]
+    text, encoded = [item async for item in TextEncoder(config(0.0), "random").encode(call(), SPEC.prompt)]
     first = await sampled(sampler_of(config(0.0)), text)
     stored_state = await store.put_state(new_video_id(1.0), 1, 1, first.to_bytes())
-    assert isinstance(stored_text, StoredObject)
+    stored_text: StoredObject = encoded.stored
     expected = (await sampled(sampler_of(config(0.0)), text, first, 1)).to_bytes()
     assert (await sampled(sampler_of(config(0.2)), stored_text, stored_state, 1)).to_bytes() == expected
 
