@@ -319,3 +319,15 @@ def test_doors_that_stand_open(objects: list[Object]) -> None:
     found("no NetworkPolicy lets Ray's pods reach a head")
     spoilt = [each for each in objects if each["metadata"]["name"] != "nothing-else"]
     found("no NetworkPolicy denies by default")
+
+
+def test_the_image_runs_as_the_pods_do(built: dict[str, list[Object]]) -> None:
+    stages = dict(re.findall(r"^FROM \S+ AS (\S+)\n(.*?)(?=^FROM|\Z)", (ROOT / "Dockerfile").read_text(), re.M | re.S))
+    assert {"cpu", "cuda"} <= stages.keys()
+    assert all("USER 1000:1000" in stages[target] for target in ("cpu", "cuda"))
+    users = {
+        name: spec["securityContext"]["runAsUser"] for name, spec in manifests.ray_pods(ray_service(built["h100"]))
+    }
+    assert set(users.values()) == {1000}
+    assert "wget" in stages["runtime"]  # KubeRay's probe of a worker
+    assert "gcc" not in stages["cpu"] + stages["runtime"]
