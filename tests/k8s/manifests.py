@@ -228,6 +228,7 @@ def _check_type(where: str, value: Any, kind: type | tuple[type, ...], name: str
 LONGEST_NAME = 47  # of a RayService: the operator adds 6 characters, and "-serve-svc"
 DNS_1035 = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 DNS_1123 = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
+LABEL = re.compile(r"([A-Za-z0-9]([-\w.]{0,61}[A-Za-z0-9])?)?", re.ASCII)
 UPGRADES = ("NewCluster", "NewClusterWithIncrementalUpgrade", "None")
 SETS_RESOURCES = ("num-cpus", "num-gpus", "memory", "resources")
 # Wanted by an alpha feature gate, which is off.
@@ -295,6 +296,9 @@ def _check_group(where: str, group: Object) -> None:
         raise ManifestError(f"{where}: both resources and rayStartParams {', '.join(both)}; allowed: one of them")
     if "labels" in group.get("rayStartParams", {}):
         raise ManifestError(f"{where}: rayStartParams has labels; allowed: the group's labels")
+    for name, value in group.get("labels", {}).items():
+        if not LABEL.fullmatch(value):
+            raise ManifestError(f"{where}: label {name} is {value!r}; allowed: at most 63 of A-Z, a-z, 0-9, -, _, .")
 
 
 def _check_authentication(cluster: Object) -> None:
@@ -312,11 +316,12 @@ def _check_authentication(cluster: Object) -> None:
 def check_serve_config(text: str) -> AppConfig:
     """`serveConfigV2`, in which Serve itself ignores unknown keys; the service's configuration in it."""
     data = yaml.safe_load(text)
-    _check_keys("serveConfigV2", data, ServeDeploySchema)
     try:
-        ServeDeploySchema.model_validate(data)
-        args = data["applications"][0]["args"]
-        return AppConfig.model_validate_json(json.dumps(args))
+        applications = ServeDeploySchema.model_validate(data).applications
+        _check_keys("serveConfigV2", data, ServeDeploySchema)
+        if len(applications) != 1:
+            raise ManifestError(f"serveConfigV2.applications has {len(applications)}; allowed: 1")
+        return AppConfig.model_validate_json(json.dumps(applications[0].args))
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
@@ -416,6 +421,13 @@ def _machine(group: Object) -> Machine:
     told = (resources.pop("CPU", 0.0), resources.pop("GPU", 0.0))
     if told[0] > has[0] or told[1] != has[1]:
         raise ManifestError(f"worker group {group['groupName']} tells Ray of {told} CPUs and GPUs; allowed: its {has}")
+    label = group.get("labels", {}).get("ray.io/accelerator-type")
+    kinds = [None if label is None else f"accelerator_type:{label}"]
+    if kinds != ([name for name in resources if name.startswith("accelerator_type:")] or [None]):
+        raise ManifestError(
+            f"worker group {group['groupName']}: label ray.io/accelerator-type is {label}; allowed: as in its "
+            f"resources, {', '.join(resources) or 'none'}"
+        )
     return Machine(group["groupName"], *told, frozenset(resources))
 
 
@@ -436,7 +448,8 @@ def _pack(size: str, machines: list[Machine], config: AppConfig) -> None:
 
 # ---- Delays, weights, versions
 
-MARGIN_S = 30  # for the command that asks for the drain, and for Ray's end
+MARGIN_S = 30  # in which Ray ends what has not ended by itself
+DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"  # how long `ray start` waits at SIGTERM; by default 30
 
 
 def check_delays(service: Object, config: AppConfig) -> None:
@@ -457,14 +470,11 @@ def check_delays(service: Object, config: AppConfig) -> None:
                 f"worker group {group['groupName']}: terminationGracePeriodSeconds is {grace}; allowed: at least "
                 f"max_call_seconds {call:g} and {MARGIN_S}"
             )
-        hook = " ".join(
-            spec["containers"][0].get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", [])
-        )
-        deadline = re.search(r"ray drain-node .*--deadline-remaining-seconds (\d+)", hook)
-        if deadline is None or not call <= int(deadline[1]) <= grace - MARGIN_S:
+        variables = {each["name"]: each.get("value") for each in spec["containers"][0].get("env", [])}
+        drain = variables.get(DRAIN, "30")
+        if not call <= float(drain) <= grace - MARGIN_S:
             raise ManifestError(
-                f"worker group {group['groupName']}: preStop is {hook!r}; allowed: ray drain-node with a deadline from "
-                f"{call:g} to {grace - MARGIN_S} s"
+                f"worker group {group['groupName']}: {DRAIN} is {drain}; allowed: {call:g} to {grace - MARGIN_S}"
             )
 
 

@@ -118,6 +118,7 @@ WORKER = f"{CLUSTER}.workerGroupSpecs.0"
         (f"{WORKER}.template.spec.restartPolicy", "Always", "cpu: restartPolicy is Always"),
         (f"{WORKER}.rayStartParams", {"num-cpus": "4"}, "both resources and rayStartParams num-cpus"),
         (f"{WORKER}.rayStartParams", {"labels": "a=b"}, "rayStartParams has labels"),
+        (f"{WORKER}.labels", {"a": "b c"}, "label a is 'b c'"),
         (f"{WORKER}.minReplicas", 4, "minReplicas 4, maxReplicas 3"),
         (f"{WORKER}.groupName", "h100", "each name once"),
         (f"{WORKER}.groupName", "CPU", "no DNS-1123 label"),
@@ -145,6 +146,7 @@ def test_what_kuberay_would_refuse(service: Object, path: str, value: Any, messa
         ("applications.0.import_pth", "x", r"applications\[0\].import_pth is not a field of ServeApplicationSchema"),
         ("applications.0.deployments", [{"name": "x", "num_replica": 1}], "num_replica is not a field"),
         ("http_options.port", "x", "http_options.port is 'x'"),
+        ("applications", [], "applications has 0; allowed: 1"),
         ("applications.0.args.modells", [], r"\(AppConfig\): modells is \[\]: Extra inputs are not permitted"),
         ("applications.0.args.models.0.sampler.num_gpu", 1, "models.0.sampler.num_gpu is 1: Extra inputs"),
         ("applications.0.args.director", {"max_replicas": 2}, "one Director leads a store"),
@@ -206,6 +208,12 @@ def test_beside_a_sampler_there_is_room_for_nothing(service: Object) -> None:
     [group] = [each for each in service["spec"]["rayClusterConfig"]["workerGroupSpecs"] if each["groupName"] == "h100"]
     assert float(group["resources"]["CPU"]) == sampler.num_cpus
     assert float(group["resources"]["GPU"]) == sampler.num_gpus
+    group["labels"]["ray.io/accelerator-type"] = "H200"
+    with pytest.raises(
+        ManifestError, match="accelerator-type is H200; allowed: as in its resources, accelerator_type:H100"
+    ):
+        manifests.check_room(service, config)
+    group["labels"]["ray.io/accelerator-type"] = "H100"
     group["resources"]["GPU"] = "2"
     with pytest.raises(
         ManifestError, match=re.escape("h100 tells Ray of (4.0, 2.0) CPUs and GPUs; allowed: its (4.0, 1.0)")
@@ -223,7 +231,7 @@ def test_delays_that_are_too_short(service: Object) -> None:
         manifests.check_delays(service, config.override(vae_decoder={"max_call_seconds": 900.0}))
     worker = service["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["template"]["spec"]
     worker["terminationGracePeriodSeconds"] = 640  # less than the drain's deadline and its margin
-    with pytest.raises(ManifestError, match="ray drain-node with a deadline from 600 to 610 s"):
+    with pytest.raises(ManifestError, match="RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S is 630; allowed: 600 to 610"):
         manifests.check_delays(service, config)
     del service["spec"]["rayClusterDeletionDelaySeconds"]  # KubeRay's default
     with pytest.raises(ManifestError, match="is 60; allowed: at least the longest video's 3600"):
