@@ -8,16 +8,16 @@
 # Not built here: there was no Docker daemon and no registry, so the base is named by version and not by digest, which a
 # build for others should give: --build-arg BASE=python@sha256:…
 #
-# No image of Ray's is needed: `ray` comes with this package, at the version that KubeRay is told. Beside it KubeRay needs
-# bash, with which it starts everything, and wget, with which it asks workers whether they serve.
+# No image of Ray's is needed: `ray` comes with this package, at the version that KubeRay is told. Beside it KubeRay
+# needs bash, with which it starts everything, and wget, with which it asks workers whether they serve.
 ARG BASE=python:3.11.13-slim-bookworm
 
 
 FROM ${BASE} AS requirements
 WORKDIR /src
 COPY pyproject.toml constraints.txt ./
-RUN python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
-        > requirements.txt && \
+RUN python -c 'import tomllib; print(*tomllib.load(open(0, "rb"))["project"]["dependencies"], sep="\n")' \
+        < pyproject.toml > requirements.txt && \
     python -m venv /opt/helios
 
 
@@ -74,8 +74,8 @@ RUN --mount=type=bind,from=wheel,source=/dist,target=/dist pip install --no-cach
 USER 1000:1000
 
 
-# A compiler is here because Triton has no other way: on first use it compiles the C through which it talks to the driver
-# (triton/runtime/build.py), and that links with the driver's library, which no image has.
+# A compiler is here because Triton has no other way: on first use it compiles the C through which it talks to the
+# driver (triton/runtime/build.py), and that links with the driver's library, which no image has.
 FROM runtime AS cuda
 RUN apt-get update -qq && \
     apt-get install -qq -y --no-install-recommends gcc libc6-dev && \

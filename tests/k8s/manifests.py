@@ -89,7 +89,7 @@ def _problem(thing: str) -> str | None:
     except kubernetes_validate.ValidationError as error:
         return f"{'.'.join(str(part) for part in error.absolute_path)}: {error.message:.300}"
     except kubernetes_validate.SchemaNotFoundError as error:
-        return error.message
+        return str(error.message)
     return None
 
 
@@ -495,7 +495,7 @@ def check_versions(service: Object, pyproject: str | None = None, constraints: s
     constraints = constraints or (ROOT / "constraints.txt").read_text()
     pins = [found[1] for each in project["dependencies"] if (found := re.match(r"ray(?:\[.*\])?==(\S+)", each))]
     cluster = service["spec"]["rayClusterConfig"]
-    found = {
+    versions = {
         "pyproject.toml": pins[0] if pins else "not pinned",
         "constraints.txt": "".join(re.findall(r"^ray==(.*)$", constraints, re.MULTILINE)),
         "rayVersion": cluster["rayVersion"],
@@ -505,9 +505,9 @@ def check_versions(service: Object, pyproject: str | None = None, constraints: s
         parts = re.fullmatch(rf"{re.escape(project['version'])}-ray(\S+)-(cpu|cuda)", tag)
         if parts is None:
             raise ManifestError(f"{name}: image tag is {tag}; allowed: {project['version']}-ray{pins[0]}-cpu or -cuda")
-        found[f"image of {name}"] = parts[1]
-    if len(set(found.values())) > 1:
-        raise ManifestError(f"Ray's version is {found}; allowed: one and the same")
+        versions[f"image of {name}"] = parts[1]
+    if len(set(versions.values())) > 1:
+        raise ManifestError(f"Ray's version is {versions}; allowed: one and the same")
 
 
 def check_disruption(objects: list[Object]) -> None:

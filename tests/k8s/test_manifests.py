@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
+from deployments.config import AppConfig
+from deployments.rendering import overlay
 from tests.k8s import manifests
 from tests.k8s.manifests import OVERLAYS, ROOT, ManifestError, Object, ray_service
 
@@ -35,7 +37,7 @@ def serve_config(service: Object) -> Any:
     return yaml.safe_load(service["spec"]["serveConfigV2"])
 
 
-def config_of(service: Object) -> manifests.AppConfig:
+def config_of(service: Object) -> AppConfig:
     return manifests.check_serve_config(service["spec"]["serveConfigV2"])
 
 
@@ -162,7 +164,7 @@ def test_a_wrong_serve_config(service: Object, path: str, value: Any, message: s
 def test_a_stale_serve_config(tmp_path: Path) -> None:
     folder = shutil.copytree(ROOT / "k8s/overlays/h100", tmp_path / "h100")
     source = folder / "helios.yaml"
-    for name, text in manifests.overlay(manifests.AppConfig.read(source), str(source)).items():
+    for name, text in overlay(AppConfig.read(source), str(source)).items():
         (folder / name).write_text(text)
     manifests.check_current(folder)
     source.write_text(source.read_text().replace("max_replicas: 8", "max_replicas: 7", 1))
