@@ -321,13 +321,25 @@ def check_serve_config(text: str) -> AppConfig:
         _check_keys("serveConfigV2", data, ServeDeploySchema)
         if len(applications) != 1:
             raise ManifestError(f"serveConfigV2.applications has {len(applications)}; allowed: 1")
-        return AppConfig.model_validate_json(json.dumps(applications[0].args))
+        [application] = applications
+        _check_name("import_path", application.import_path)
+        if application.autoscaling_policy is not None:
+            _check_name("policy_function", application.autoscaling_policy["policy_function"])
+        return AppConfig.parse(application.args, "serveConfigV2.applications[0].args")
+    except ConfigError as error:
+        raise ManifestError(str(error)) from None
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise ManifestError(
-            f"serveConfigV2 ({error.title}): {place} is {first['input']!r:.200}: {first['msg']}"
-        ) from None
+        raise ManifestError(f"serveConfigV2: {place} is {first['input']!r:.200}: {first['msg']}") from None
+
+
+def _check_name(where: str, path: str) -> None:
+    """That module:function is there, without importing it, and torch with it."""
+    module, _, name = path.partition(":")
+    file = ROOT / f"{module.replace('.', '/')}.py"
+    if not file.is_file() or not re.search(rf"^def {name}\(", file.read_text(), re.MULTILINE):
+        raise ManifestError(f"serveConfigV2: {where} is {path}; allowed: module:function of this repository")
 
 
 def _check_keys(where: str, data: Any, model: type[BaseModel]) -> None:
