@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export PROMPT ?= a red sun over a blue sea, drifting left
 
-.PHONY: demo serve test check format figures faults demo-scores fidelity demo-checkpoint
+.PHONY: demo serve test check format figures faults demo-scores fidelity demo-checkpoint manifests
 
 demo: $(VENV)/run.stamp  ## start the service, stream one video into video.mp4, stop
 	$(BIN)/helios demo "$$PROMPT" -o video.mp4
@@ -36,6 +36,9 @@ demo-scores: $(VENV)/run.stamp  ## how often the demo model does what it is aske
 
 fidelity: $(VENV)/run.stamp  ## how near the approximate samplers come to the exact one, on the demo model
 	$(BIN)/python -m helios_core.demo.fidelity --json benchmarks/fidelity.json
+
+manifests: $(VENV)/run.stamp  ## what k8s/overlays has of each helios.yaml, made again
+	for file in k8s/overlays/*/helios.yaml; do $(BIN)/helios config render --kustomize $$file || exit 1; done
 
 # glibc must keep what was freed: without these, steps take twice as long.
 demo-checkpoint: export MALLOC_MMAP_THRESHOLD_ = 33554432
