@@ -117,7 +117,7 @@ class Director:
             queued=lambda: sum(room.entrance.waiting for room in self._rooms.values()),
             waiting=lambda: sum(turns.waiting for turns in self._turns.values()),
             sampling=lambda: sum(turns.sampling for turns in self._turns.values()),
-            samplers=lambda: sum(map(graph.samplers, graph.models)),
+            replicas=lambda part: sum(map(graph.samplers, graph.models)) if part == "sampler" else 0,
             watchers=lambda: sum(video.watchers for video in self._running.values()),
             store_up=lambda: not store.health.away,
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import prometheus_client as prometheus
@@ -22,6 +23,7 @@ CHUNK_SECONDS = CHUNK_FRAMES / NATIVE_FPS  # of a chunk's playback
 SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 0.75, 1, CHUNK_SECONDS, 2, 3, 5, 10, 20, 50, 100, 200, 500)
 # The same range as speeds: 1.375 s of video in 60 s to 0.05 s. From 1 on a viewer need not wait.
 FACTORS = (0.02, 0.05, 0.1, 0.2, 0.5, 0.75, 0.9, 1, 1.1, 1.25, 1.5, 2, 5, 10, 20, 50)
+PARTS = ("text_encoder", "sampler", "vae_decoder")
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("helios_videos_queued", "gauge", "Videos accepted that wait until one of those that take turns ends."),
     Metric("helios_queue_depth", "gauge", "Videos that wait for a sampler now."),
     Metric("helios_sampling", "gauge", "Sample calls under way."),
-    Metric("helios_samplers", "gauge", "Sample calls that may be under way at once: sampler replicas that live."),
+    Metric("helios_replicas", "gauge", "Replicas that can take calls now.", {"part": PARTS}),
     Metric(
         "helios_watchers", "gauge", "Watchers of running videos: each ingress counts once for all its viewers of one."
     ),
@@ -58,7 +60,7 @@ METRICS: tuple[Metric, ...] = (
         "helios_retries_total",
         "counter",
         "Calls repeated, by the part that was called and by what was lost.",
-        {"part": ("text_encoder", "sampler", "vae_decoder"), "reason": ("replica_lost", "input_lost")},
+        {"part": PARTS, "reason": ("replica_lost", "input_lost")},
     ),
     Metric("helios_chunks_committed_total", "counter", "Chunks committed."),
     Metric("helios_frames_committed_total", "counter", "Frames of the chunks committed."),
@@ -143,8 +145,9 @@ class Metrics:
         # rate() does not see the step of a series that begins at 1: each is there from the start, at 0.
         for metric in METRICS:
             if metric.labels:
+                family = self._counters.get(metric.name) or self._gauges[metric.name]
                 for values in itertools.product(*metric.labels.values()):
-                    self._counters[metric.name].labels(*values)
+                    family.labels(*values)
 
     def text(self) -> bytes:
         """All metrics in Prometheus' text format."""
@@ -211,16 +214,17 @@ class Metrics:
         queued: Callable[[], int],
         waiting: Callable[[], int],
         sampling: Callable[[], int],
-        samplers: Callable[[], int],
+        replicas: Callable[[str], int],
         watchers: Callable[[], int],
         store_up: Callable[[], bool],
     ) -> None:
-        """Where the gauges are read from, at each `text`. Until then they are 0."""
+        """Where the gauges are read from, at each `text`. Until then they are 0. `replicas`: of a part."""
         self._gauges["helios_videos_running"].set_function(running)
         self._gauges["helios_videos_queued"].set_function(queued)
         self._gauges["helios_queue_depth"].set_function(waiting)
         self._gauges["helios_sampling"].set_function(sampling)
-        self._gauges["helios_samplers"].set_function(samplers)
+        for part in PARTS:
+            self._gauges["helios_replicas"].labels(part).set_function(partial(replicas, part))
         self._gauges["helios_watchers"].set_function(watchers)
         self._gauges["helios_store_up"].set_function(store_up)
 

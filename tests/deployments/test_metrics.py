@@ -117,6 +117,9 @@ def test_every_series_is_there_from_the_start_at_zero() -> None:
     assert set(before.values()) == {0.0}
     labelled = {name for name in before if " " in name and "_bucket" not in name}
     assert labelled == {
+        "helios_replicas text_encoder",
+        "helios_replicas sampler",
+        "helios_replicas vae_decoder",
         "helios_videos_ended_total completed",
         "helios_videos_ended_total failed",
         "helios_videos_ended_total cancelled",
@@ -234,12 +237,15 @@ def test_waits_and_retries() -> None:
 
 def test_gauges_are_read_with_each_text() -> None:
     metrics, running = Metrics(), ["a"]
-    metrics.observe(lambda: len(running), lambda: 6, lambda: 2, lambda: 3, lambda: 4, lambda: 5, lambda: True)
+    live = {"text_encoder": 7, "sampler": 4, "vae_decoder": 8}
+    metrics.observe(lambda: len(running), lambda: 6, lambda: 2, lambda: 3, live.__getitem__, lambda: 5, lambda: True)
     expected = {
         "helios_videos_queued": 6,
         "helios_queue_depth": 2,
         "helios_sampling": 3,
-        "helios_samplers": 4,
+        "helios_replicas text_encoder": 7,
+        "helios_replicas sampler": 4,
+        "helios_replicas vae_decoder": 8,
         "helios_watchers": 5,
     }
     expected |= {"helios_store_up": 1}
@@ -251,7 +257,7 @@ def test_gauges_are_read_with_each_text() -> None:
 def test_two_are_independent() -> None:
     metrics, other = Metrics(), Metrics()
     make(metrics, [T + 2], "failed", T + 3)
-    metrics.observe(*[lambda: 7] * 6, lambda: True)
+    metrics.observe(*[lambda: 7] * 4, lambda part: 7, lambda: 7, lambda: True)
     assert moved(other) == {}
 
 
