@@ -44,7 +44,8 @@ SCRAPE_INTERVAL = "15s"
 TOKEN_FILE = "/etc/prometheus/secrets/helios-metrics/token"
 TARGET = f"{RAY_SERVICE}-serve-svc:8000"
 
-RATE = "$__rate_interval"  # Grafana's own: at least four scrapes, and no event is left out between two points
+# Grafana's own: at least four scrapes, with no event left out between two points; and all of the time shown.
+RATE, RANGE = "$__rate_interval", "$__range"
 SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 NOTE = "# Made by `helios config monitoring -o k8s/monitoring` from deployments/monitoring.py; change that instead.\n"
 
@@ -418,8 +419,19 @@ def video() -> Rows:
 
 
 def cost() -> Rows:
-    by_part = {part: f"{mean('helios_replicas', part=part)} * $price_{part}" for part in PARTS}
-    an_hour = " + ".join(by_part.values())
+    def by_part(window: str = RATE) -> dict[str, str]:
+        return {part: f"{mean('helios_replicas', window, part=part)} * $price_{part}" for part in PARTS}
+
+    def per_minute_of_video(window: str = RATE) -> str:
+        # Seconds of video per second are minutes of video per minute.
+        return f"({' + '.join(by_part(window).values())}) / (60 * {video_seconds(window)})"
+
+    def idle(window: str = RATE) -> str:
+        return f"1 - {mean('helios_sampling', window)} / {mean('helios_replicas', window, part='sampler')}"
+
+    def one_number(title: str, unit: str, query: str) -> Panel:
+        return Panel(title, unit, {"": query}, colors=("text", 0, "text"))
+
     samplers = mean("helios_replicas", part="sampler")
     rendering = {
         "decode": "helios_decode_seconds",
@@ -427,11 +439,16 @@ def cost() -> Rows:
         "store": "helios_store_seconds",
     }
     return {
+        # With the hours in which nothing was made, of which a curve of quotients says nothing.
+        "Over the time shown": [
+            one_number("Cost per minute of video", "currencyUSD", per_minute_of_video(RANGE)),
+            one_number("Idle share of samplers", "percentunit", idle(RANGE)),
+            one_number("Minutes of video per hour", "none", f"60 * {video_seconds(RANGE)}"),
+        ],
         "Money": [
-            Panel("Cost per hour", "currencyUSD", by_part, stacking="normal"),
-            # Seconds of video per second are minutes of video per minute.
-            Panel("Cost per minute of video", "currencyUSD", {"per minute": f"({an_hour}) / (60 * {video_seconds()})"}),
-            Panel("Idle share of samplers", "percentunit", {"idle": f"1 - {mean('helios_sampling')} / {samplers}"}),
+            Panel("Cost per hour", "currencyUSD", by_part(), stacking="normal"),
+            Panel("Cost per minute of video", "currencyUSD", {"per minute": per_minute_of_video()}),
+            Panel("Idle share of samplers", "percentunit", {"idle": idle()}),
         ],
         "Replica-seconds per minute of video": [
             Panel(
@@ -526,7 +543,14 @@ def _panel(panel: Panel) -> dict[str, Any]:
         "datasource": SOURCE,
         "interval": MIN_INTERVAL,
         "targets": [
-            {"refId": chr(ord("A") + k), "datasource": SOURCE, "expr": expr, "legendFormat": legend}
+            {
+                "refId": chr(ord("A") + k),
+                "datasource": SOURCE,
+                "expr": expr,
+                "legendFormat": legend,
+                "instant": RANGE in expr,
+                "range": RANGE not in expr,
+            }
             for k, (legend, expr) in enumerate(panel.queries.items())
         ],
         "fieldConfig": {"defaults": defaults, "overrides": []},

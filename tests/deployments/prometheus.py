@@ -23,7 +23,7 @@ from deployments.cli import free_port
 PATIENCE_S = 120.0  # only who fails waits so long
 SCRAPES = 3  # a rate needs two
 EVERY = "500ms"
-GRAFANA = {"__rate_interval": "1m"}
+GRAFANA = {"__rate_interval": "1m", "__range": "1h"}
 
 
 def binary(name: str) -> str:
