@@ -32,7 +32,8 @@ RETRIES_PER_CHUNK = 0.05
 FAST_BURN, SLOW_BURN = 14.4, 6.0
 FEW_FAILED_VIDEOS = 3  # where a video takes minutes, one that fails is soon a large share of an hour's
 INDICATOR_WINDOW = "30m"  # of the other indicators
-HOLDS_FOR = "5m"  # longer than a replica that is replaced, weights and all
+HOLDS_FOR = "5m"
+COLD_START_HOLDS_FOR = "10m"  # longer than a sampler takes from nothing: a node, the image, the weights; not measured
 OUTAGE_HOLDS_FOR = "1m"  # no longer than videos wait for a store (store_patience_s, 60 s)
 
 # Dollars per hour of one replica, where the cost dashboard begins; they are no offer of anybody's.
@@ -256,7 +257,7 @@ def alerts() -> list[Alert]:
         Alert(
             "HeliosNoSampler",
             f"{gauge('helios_replicas', part='sampler')} < 1 and {gauge('helios_queue_depth')} > 0",
-            HOLDS_FOR,
+            COLD_START_HOLDS_FOR,
             "critical",
             "Videos wait for a sampler, and none is alive.",
             "`kubectl get pods` shows whether sampler pods wait for a GPU (see their events) or restart (see their "

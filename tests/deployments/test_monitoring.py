@@ -193,7 +193,7 @@ CASES: list[tuple[str, dict[str, str | None], set[str]]] = [
     ("the store is away", {"helios_store_up": steady(0)}, {"StoreAway"}),
     ("the store was away", {"helios_store_up": "0x80 1x9"}, set()),
     ("no sampler", {SAMPLERS: steady(0)}, {"NoSampler"}),
-    ("no sampler, for four minutes", {SAMPLERS: "2x85 0x4"}, set()),
+    ("no sampler, for nine minutes", {SAMPLERS: "2x80 0x9"}, set()),
     ("no sampler, and nobody waits", {SAMPLERS: steady(0), "helios_queue_depth": steady(0)}, set()),
     ("no Director", dict.fromkeys(HEALTHY), {"DirectorAbsent"}),
     ("no Director, for a minute", {"helios_videos_running": "2x88 stale"}, set()),
