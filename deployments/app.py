@@ -24,7 +24,7 @@ from helios_core.errors import HeliosError
 
 MANY = 10_000  # requests at once for those that only wait: Serve's default of 5 would queue a sixth viewer
 VIEWERS = 200  # requests at once of one ingress, where there may be several
-LONGEST_ANSWER_S = 2.0  # a replica that only waits has nothing to finish that would not go on elsewhere
+LONGEST_ANSWER_S = 2.0  # a Director that is to stop has nothing to finish: what it leaves goes on under the next one
 LOOK_AGAIN_S = 0.5  # between two looks whether a replica that is to stop has finished, in place of Serve's 2
 LOOK_BACK_S = 5.0  # over so long the demand is averaged: some chunks, between two of which a video wants none
 # Replicas that compute keep their freed memory: where glibc gives every large tensor back at once, as service.py has it
@@ -102,6 +102,7 @@ def build_app(config: AppConfig) -> tuple[Application, list[Pool]]:
         at_once=MANY,
         # Behind HAProxy this hands the socket's own `send` to the application, which then waits for a slow viewer.
         environment={"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"} if config.haproxy else None,
+        drain_s=config.drain_s,
     ).bind(config, [checkpoint.card for checkpoint in checkpoints], director)
     pools: list[Pool] = [config.ingress, config.director, *(settings.sampler for settings in config.models)]
     pools += [config.text_encoder] * len(text_encoders) + [config.vae_decoder] * len(vae_decoders)
@@ -122,9 +123,15 @@ def _name(kind: str, owner: str, owners: Sequence[str]) -> str:
 
 
 def deploy(
-    replica: type, pool: Pool, at_once: int, name: str | None = None, environment: dict[str, str] | None = None
+    replica: type,
+    pool: Pool,
+    at_once: int,
+    name: str | None = None,
+    environment: dict[str, str] | None = None,
+    drain_s: float = LONGEST_ANSWER_S,
 ) -> Any:
-    """`replica` as a deployment with the resources of `pool`; each of its replicas takes `at_once` calls at a time."""
+    """`replica` as a deployment with the resources of `pool`; each of its replicas takes `at_once` calls at a time, and
+    has `drain_s` to finish them when it is to stop, one that computes the time of its longest."""
     resources: dict[str, Any] = {"num_cpus": pool.num_cpus, "num_gpus": pool.num_gpus}
     if pool.accelerator_type is not None:
         resources["accelerator_type"] = pool.accelerator_type
@@ -142,8 +149,7 @@ def deploy(
         max_ongoing_requests=at_once,
         ray_actor_options=resources,
         health_check_period_s=2,
-        # One that computes may finish its call: what takes longer is taken to hang, and would be replaced anyway.
-        graceful_shutdown_timeout_s=pool.max_call_seconds if isinstance(pool, VaePool) else LONGEST_ANSWER_S,
+        graceful_shutdown_timeout_s=pool.max_call_seconds if isinstance(pool, VaePool) else drain_s,
         graceful_shutdown_wait_loop_s=LOOK_AGAIN_S,
         **size,
     )

@@ -140,6 +140,8 @@ class AppConfig(Settings):
     # RAY_SERVE_ENABLE_HA_PROXY=1 on each of its nodes besides.
     haproxy: bool = False
     idle_seconds: int = Field(120, ge=1)  # HAProxy cuts off who is to send or to take a byte, and does not for so long
+    # An ingress that is to stop goes on serving those who watch for so long. Then they are cut off, and may come back.
+    drain_s: float = Field(2.0, ge=0)
     unwatched_s: float = Field(10.0, gt=0)  # so long a video that is made for its viewers goes on without one
     torch_threads: int | None = Field(None, ge=1)  # None: half of the cores (helios_core.checkpoints.use_threads)
     max_body_bytes: int = Field(1 << 20, ge=1024)  # without uploads

@@ -5,14 +5,16 @@ There is one: `helios serve` hands it to the Ray that it has started, KubeRay to
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 import yaml
 
 from deployments.config import AppConfig
 from deployments.store import Store
+from helios_core.errors import InvalidInput
 
 APP_NAME = "helios"
 RAY_SERVICE = "helios"  # the RayService of k8s/base
@@ -21,11 +23,6 @@ RAY_SERVICE = "helios"  # the RayService of k8s/base
 MALLOC = {"MALLOC_ARENA_MAX": "2", "MALLOC_TRIM_THRESHOLD_": "131072"}
 
 app = typer.Typer(no_args_is_help=True, help="The service's configuration, as a cluster needs it.")
-
-
-@app.callback()
-def _group() -> None:
-    """Keeps `render` a subcommand although it is the only one."""
 
 
 @app.command()
@@ -42,6 +39,22 @@ def render(
         return
     for name, text in overlay(config, str(file)).items():
         (file.parent / name).write_text(text, encoding="utf-8")
+
+
+@app.command()
+def monitoring(
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder for the files, as k8s/monitoring has them")],
+) -> None:
+    """Write Grafana dashboards, Prometheus rules and a scrape job, made from the table of metrics."""
+    from deployments.monitoring import files
+
+    try:
+        for name, text in files().items():
+            path = output / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InvalidInput("output", str(output), f"a folder that can be written ({error.strerror})") from None
 
 
 def serve_config(config: AppConfig) -> dict[str, Any]:
@@ -75,6 +88,8 @@ def environment(config: AppConfig) -> dict[str, str]:
         "RAY_SERVE_ENABLE_HA_PROXY": str(int(config.haproxy)),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # a service that goes leaves no time to those who watch
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(config.idle_seconds),
+        # HAProxy is loaded anew whenever an ingress comes or goes, and the old one ends after 120 s unless told.
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(math.ceil(config.limits.longest_s)),
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.request_ids.before_serve",
         # What the Director tells of its demand; Serve's 10 s would be most of a cold start.
         "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",

@@ -38,6 +38,11 @@ class Limits:
             if not value > 0:  # also refuses NaN
                 raise ValueError(f"{name} is {value}; allowed: more than 0")
 
+    @property
+    def longest_s(self) -> float:
+        """Of any video."""
+        return max(self.max_seconds, self.max_open_seconds)
+
 
 @dataclass(frozen=True)
 class ModelCard:

@@ -466,21 +466,22 @@ DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"  # how long `ray start` waits at
 
 def check_delays(service: Object, config: AppConfig) -> None:
     """That nothing is ended that somebody still needs: a video that is watched, a call that is under way."""
-    longest = math.ceil(max(config.limits.max_seconds, config.limits.max_open_seconds))
+    longest = math.ceil(config.limits.longest_s)
     delay = service["spec"].get("rayClusterDeletionDelaySeconds", 60)
     if delay < longest:
         raise ManifestError(
             f"rayClusterDeletionDelaySeconds is {delay}; allowed: at least the longest video's {longest}"
         )
     samplers = [each.sampler for each in config.models]
-    call = max(pool.max_call_seconds for pool in [*samplers, config.text_encoder, config.vae_decoder])
+    calls = [pool.max_call_seconds for pool in [*samplers, config.text_encoder, config.vae_decoder]]
+    call = max(*calls, config.drain_s)
     for group in service["spec"]["rayClusterConfig"]["workerGroupSpecs"]:
         spec = group["template"]["spec"]
         grace = spec.get("terminationGracePeriodSeconds", 30)
         if grace < call + MARGIN_S:
             raise ManifestError(
                 f"worker group {group['groupName']}: terminationGracePeriodSeconds is {grace}; allowed: at least "
-                f"max_call_seconds {call:g} and {MARGIN_S}"
+                f"max_call_seconds or drain_s, {call:g}, and {MARGIN_S}"
             )
         variables = {each["name"]: each.get("value") for each in spec["containers"][0].get("env", [])}
         drain = variables.get(DRAIN, "30")

@@ -234,7 +234,7 @@ def test_delays_that_are_too_short(service: Object) -> None:
     with pytest.raises(ManifestError, match=r"rayClusterDeletionDelaySeconds is 3600; allowed: at least .* 7200"):
         manifests.check_delays(service, config.override(limits={"max_open_seconds": 7200.0}))
     with pytest.raises(
-        ManifestError, match="terminationGracePeriodSeconds is 660; allowed: at least max_call_seconds 900"
+        ManifestError, match="terminationGracePeriodSeconds is 660; allowed: at least max_call_seconds or drain_s, 900,"
     ):
         manifests.check_delays(service, config.override(vae_decoder={"max_call_seconds": 900.0}))
     worker = service["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["template"]["spec"]
