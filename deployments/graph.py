@@ -15,7 +15,7 @@ from deployments.config import AppConfig, Quota
 from deployments.director import Director
 from deployments.logs import log_with_serve
 from deployments.making import Ref, ReplicaLost
-from deployments.ray_calls import call, call_by_reference, call_to_its_end, live_replicas, until_live
+from deployments.ray_calls import call, call_by_reference, call_to_its_end, cluster_id, live_replicas, until_live
 from deployments.records import (
     Call,
     News,
@@ -72,6 +72,7 @@ class ServeGraph:
         for own in models.values():
             for handle in (own.text_encoder, own.vae_decoder):
                 self._loads.setdefault(handle.deployment_name, Load())
+            live_replicas(own.sampler)  # from now on it hears of them
 
     @property
     def models(self) -> Sequence[str]:
@@ -132,21 +133,22 @@ class DirectorReplica:
     """A Director over a ServeGraph, as a deployment."""
 
     async def __init__(  # type: ignore[misc]
-        self, config: AppConfig, models: dict[str, ModelHandles], always: list[DeploymentHandle], service: str
+        self, config: AppConfig, models: dict[str, ModelHandles], always: list[DeploymentHandle], build: str
     ) -> None:
-        """`always`: those of the models' deployments that always have a replica; `service`: this deployment of the
-        graph, among all that ever used its store."""
+        """`always`: those of the models' deployments that always have a replica; `build`: of the graph."""
         log_with_serve()
         tracer = Tracer("director", config.trace_file)
         self._graph = ServeGraph(models)
         store = Store(config.store)
-        if not await store.has_led(service):  # whoever leads until then can make videos, and this one cannot yet
-            await until_live(always)
+        cluster = cluster_id()
+        leads = await store.leads()
+        if leads is not None and not leads.startswith(cluster):
+            await until_live(always)  # until then the other cluster can make its videos, and this one cannot
         self._director = await Director.start(
             self._graph,
             store,
             tracer,
-            service=service,
+            service=f"{cluster}-{build}",
             patience_s=config.store_patience_s,
             keep_all_states=config.keep_states == "all",
             log_prompts=config.log_prompts,

@@ -133,18 +133,22 @@ def deploy(config: dict[str, Any]) -> None:
 
 async def until_live(handles: Sequence[DeploymentHandle]) -> None:
     """Returns when each of these deployments has a replica that can take calls."""
-    for handle in handles:
-        if not handle.is_initialized:
-            handle._init()
     while not all(map(live_replicas, handles)):  # noqa: ASYNC110 - Serve tells of no change
         await asyncio.sleep(LOOK_AGAIN_S)
 
 
 def live_replicas(handle: DeploymentHandle) -> int:
     """How many replicas of a deployment can take calls now, as far as this process has heard."""
+    if not handle.is_initialized:
+        handle._init()  # else it hears of none before its first call
     router = getattr(handle._router, "_asyncio_router", None)
     requests = getattr(router, "_request_router", None)
     return 0 if requests is None else len(requests.curr_replicas)
+
+
+def cluster_id() -> str:
+    """Of the Ray cluster that this process is a part of; it stays when its head is restarted from Redis."""
+    return str(ray._private.worker.global_worker.node.cluster_id.hex())
 
 
 def log_folder() -> str:

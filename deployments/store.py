@@ -282,6 +282,11 @@ class Store:
         """Whether a Director of this service ever claimed a term."""
         return service in await self._names("services")
 
+    async def leads(self) -> str | None:
+        """The service that leads; None if none ever did."""
+        newest = await self.newest_term()
+        return await self._service(newest) if newest else None
+
     async def _service(self, term: int) -> str:
         """For which service a term was claimed."""
         return (await self.read(f"terms/{term:06d}")).decode()

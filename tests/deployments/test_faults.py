@@ -6,6 +6,7 @@ the bytes of the undisturbed run.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -34,6 +35,8 @@ from deployments.config import AppConfig
 from deployments.records import VideoRecord
 from deployments.rendering import APP_NAME
 from deployments.service import run_service
+from helios_core.helios import Helios
+from helios_core.media.fragments import encode_fragment
 from tests.deployments.boxes import read_boxes, reader
 
 pytestmark = pytest.mark.ray
@@ -122,6 +125,20 @@ def whole(service: Service) -> None:
 def body(seed: int, chunks: int = 6, **settings: Any) -> Body:
     prompt = "a red sun over a blue sea"
     return {"prompt": prompt, "seconds": chunks * 33 / 24, "seed": seed, "steps": [1, 1, 1], **settings}
+
+
+@functools.cache
+def library() -> Helios:
+    return Helios.load("random", threads=1)
+
+
+def by_library(wanted: Body) -> bytes:
+    """The video as it is when nothing happens and nothing else is made."""
+    data = b""
+    for chunk in library().stream(**{**wanted, "steps": tuple(wanted["steps"])}):
+        fragment = encode_fragment(chunk.yuv, chunk_index=chunk.index, first_frame=33 * chunk.index, fps=24)
+        data += fragment.data if chunk.index else fragment.init + fragment.data
+    return data
 
 
 def wait_until(reached: Callable[[], bool]) -> None:

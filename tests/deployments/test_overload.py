@@ -14,9 +14,7 @@ import pytest
 from deployments.config import AppConfig
 from deployments.keys import new_key
 from deployments.service import run_service
-from helios_core.helios import Helios
-from helios_core.media.fragments import encode_fragment
-from tests.deployments.test_faults import wait_until
+from tests.deployments.test_faults import by_library, wait_until
 
 pytestmark = pytest.mark.ray
 
@@ -54,15 +52,6 @@ def clients(tmp_path_factory: pytest.TempPathFactory, shared_ray: int) -> Iterat
             yield one, other
 
 
-def by_library(seed: int) -> bytes:
-    """The video as it is when nothing else is made."""
-    data = b""
-    for chunk in Helios.load("random").stream(**{**WANTED, "steps": (1, 1, 1)}, seed=seed):
-        fragment = encode_fragment(chunk.yuv, chunk_index=chunk.index, first_frame=33 * chunk.index, fps=24)
-        data += fragment.data if chunk.index else fragment.init + fragment.data
-    return data
-
-
 def test_who_is_admitted_does_not_notice_who_is_not(clients: tuple[httpx.Client, httpx.Client]) -> None:
     http, of_metrics = clients
     burst = threading.Barrier(REQUESTS)
@@ -92,6 +81,6 @@ def test_who_is_admitted_does_not_notice_who_is_not(clients: tuple[httpx.Client,
     assert len(waiting) <= QUEUED
     assert all(video["estimated_start_at"] for video in waiting)
 
-    alone = {video["seed"]: by_library(video["seed"]) for video in accepted}
+    alone = {video["seed"]: by_library({**WANTED, "seed": video["seed"]}) for video in accepted}
     assert {video["seed"]: http.get(f"/v1/videos/{video['id']}/content").content for video in accepted} == alone
     assert http.post("/v1/videos", json=WANTED).status_code == 200
