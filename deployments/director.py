@@ -241,6 +241,7 @@ class Director:
         if request.id in self._hidden:  # it was accepted before, and is being deleted
             raise NoSuchVideo(request.id)
         if again and await self._found(request.id) is None and await self._store.request(request.id) is not None:
+            await self._check_still_leads()  # another Director may make it
             await self._store.prepare(request.id)
             await self._take_up(request.id)
             return await self.get(request.id)

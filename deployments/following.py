@@ -49,15 +49,16 @@ async def _settled(store: Store, video_id: str) -> VideoRecord:
     The one before it may have put one chunk more, or the end, before it found that it leads no more: such a chunk is
     made again, perhaps to another prompt, and removed. Raises NoSuchVideo.
     """
+    active = await store.marker(video_id) is not None  # before the record: to one that is not active comes no other
     record = await store.record(video_id)
     if record is None:
         request = await store.request(video_id)
         if request is None:
             raise NoSuchVideo(video_id)
         return first_record(request)
-    if record.ended and await store.marker(video_id) is None:
+    if record.ended and not active:
         return record
-    # Its term after the record: who claims one from here on reads this very record.
+    # The newest term after the record: who claims one from here on reads this very record.
     if record.chunks and term_of(record.chunks[-1].fragment.key) >= await store.newest_term():
         return record
     return record.model_copy(update={"status": "in_progress", "error": None, "chunks": record.chunks[:-1]})

@@ -134,8 +134,11 @@ async def as_the_clock_would(director: Director, video: RunningVideo) -> None:
 # Those who watch
 
 
-@pytest.mark.parametrize("commits", [True, False], ids=["commits", "waits"])
-@pytest.mark.parametrize("watch", [content, events, None], ids=["content", "events", "stream"])
+@pytest.mark.parametrize(
+    ("watch", "commits"),
+    [(content, True), (events, True), (None, True), (None, False)],
+    ids=["content", "events", "stream", "stream, and nothing is committed"],
+)
 async def test_a_viewer_of_the_old_service_gets_all_of_it(
     begin: Begin,
     monkeypatch: pytest.MonkeyPatch,
