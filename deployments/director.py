@@ -48,6 +48,7 @@ COLLECT_AFTER_S = 1.0
 NEWS_S = 5.0  # how long a watcher's question may stay open
 STORE_AGAIN_S = 5.0  # between two tries to store an end, or to read what is to be resumed
 UNWATCHED_S = 10.0  # unless it is told how long
+NOTED_WITHIN_S = 2 * NEWS_S  # an ingress that follows the records notes its viewers with each question
 AS_MANY_AS_USUAL = AdmissionSettings()
 
 
@@ -98,6 +99,8 @@ class Director:
         self._resuming: dict[str, asyncio.Task[None]] = {}  # videos that an earlier Director left behind
         self._accepting: dict[str, asyncio.Task[VideoStatus]] = {}
         self._superseded: Superseded | None = None
+        self._took_over = False  # from another service
+        self._looking: asyncio.Task[None] | None = None
         self._hidden: set[str] = set()  # videos that are being stored or removed: to the outside there are none
         self._stopping = False
         self._collecting: asyncio.TimerHandle | None = None
@@ -113,7 +116,7 @@ class Director:
             graph, self._patient, tracer, term, self._rooms, self._turns, self._metrics, keep_all_states
         )
         self._metrics.observe(
-            running=lambda: sum(not video.record.ended for video in self._running.values()),
+            running=lambda: sum(not (video.record.ended or video.leading.done()) for video in self._running.values()),
             queued=lambda: sum(room.entrance.waiting for room in self._rooms.values()),
             waiting=lambda: sum(turns.waiting for turns in self._turns.values()),
             sampling=lambda: sum(turns.sampling for turns in self._turns.values()),
@@ -154,6 +157,7 @@ class Director:
         if retired is not None:
             director._superseded = retired
             return director
+        director._took_over = await store.takes_over(term)
         for video_id in await store.active():
             task = asyncio.create_task(director._resume(video_id), name=f"resuming {video_id}")
             director._resuming[video_id] = task
@@ -173,10 +177,29 @@ class Director:
         if self._superseded is not None:
             raise self._superseded
 
+    async def _check_still_leads(self) -> None:
+        """`check_leads`, by a look at the store: who commits nothing hears of no other Director. Raises
+        StoreUnavailable."""
+        self.check_leads()
+        try:
+            await self._store.check_leads(self._term)
+        except Superseded as superseded:
+            self._step_down(superseded)
+            raise
+
+    def _look(self) -> None:
+        """`_check_still_leads`, for which nobody waits."""
+
+        async def look() -> None:
+            with suppress(Superseded, StoreUnavailable):
+                await self._check_still_leads()
+
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.create_task(look(), context=contextvars.Context())
+
     async def ready(self) -> None:
         """Returns if videos can be accepted. Raises Superseded or StoreUnavailable."""
-        self.check_leads()
-        await self._store.newest_term()
+        await self._check_still_leads()
 
     def wanting(self) -> dict[str, int]:
         """Model ▸ how many of its videos want a chunk now: those that have a sampler, and all that wait for one."""
@@ -218,6 +241,7 @@ class Director:
         if request.id in self._hidden:  # it was accepted before, and is being deleted
             raise NoSuchVideo(request.id)
         if again and await self._found(request.id) is None and await self._store.request(request.id) is not None:
+            await self._check_still_leads()  # another Director may make it
             await self._store.prepare(request.id)
             await self._take_up(request.id)
             return await self.get(request.id)
@@ -258,9 +282,10 @@ class Director:
         with self._hiding(request.id):
             try:
                 await self._admission.enter(request, quota)
+                await self._check_still_leads()  # who leads by now would not hear of what is stored here
                 request, record = await self._begun(request)
                 await self._store.accept(request)
-                await self._store.check_leads(self._term)  # who claims a term from here on finds it active
+                await self._check_still_leads()  # who claims a term from here on finds it active
             except Superseded:
                 raise  # what was stored is for the other Director, who may be asked for it again
             except (HeliosError, OSError) as error:
@@ -313,6 +338,9 @@ class Director:
         if record is not None and record.ended:
             return await self._tidy(request, record)
         video = RunningVideo(request, record)
+        video.noted = 0.0
+        if self._took_over:  # who watches it there goes on, and this Director does not hear of them at first
+            video.play()
         self._metrics.resumed(video.record, time.time())
         event(logger, "resumed", request, chunks=len(video.record.chunks))
         self._run(video)
@@ -381,9 +409,12 @@ class Director:
         except ValueError as error:
             logger.warning("unreadable: %s", error, extra={"video_id": video_id})
             raise Unreadable(f"video {video_id} was stored by another version; it can only be deleted") from error
+        if record is not None and record.ended:
+            return record
+        await self._check_still_leads()  # another Director may make it
         if record is None:
             raise NoSuchVideo(video_id)
-        return record if record.ended else _interrupted(record)
+        return _interrupted(record)
 
     async def page(
         self, limit: int, after: str | None = None, newest_first: bool = True, owner: str | None = None
@@ -424,8 +455,8 @@ class Director:
                         while len(video.record.chunks) <= seen and not video.record.ended:
                             await video.changed.wait()
                             self.check_leads()
-                except TimeoutError:
-                    pass  # no news
+                except TimeoutError:  # no news; another Director may have some
+                    self._look()
             if video_id in self._hidden:  # it ended because it is being deleted
                 raise NoSuchVideo(video_id)
             record = video.record
@@ -452,6 +483,7 @@ class Director:
 
     async def _delete(self, video_id: str) -> None:
         stored = await self._store.has(video_id)  # asked first: what was not there then may be under way now
+        await self._check_still_leads()  # another Director may make it
         video = await self._found(video_id)
         if video_id in self._hidden or (video is None and not stored):
             raise NoSuchVideo(video_id)
@@ -462,6 +494,7 @@ class Director:
             if video is not None:
                 self._cancel(video)
                 await asyncio.wait([video.leading])
+                self.check_leads()
             await self._store.delete(video_id)
         if request is not None:
             event(logger, "deleted", request)
@@ -489,7 +522,7 @@ class Director:
 
     async def _drop_all(self) -> None:
         self._stopping = True
-        apart = [*self._resuming.values(), *([self._sweeping] if self._sweeping else [])]
+        apart = [*self._resuming.values(), *(task for task in (self._sweeping, self._looking) if task)]
         for task in apart:
             task.cancel()
         await asyncio.gather(*apart, return_exceptions=True)
@@ -548,6 +581,8 @@ class Director:
         if not video.ending and not video.cancelled:
             video.cancelled, video.failure = True, failure
             video.making.cancel()
+            if video.unwatched is not None:
+                video.unwatched.cancel()
 
     @contextmanager
     def _watched(self, video: RunningVideo) -> Iterator[None]:
@@ -562,23 +597,37 @@ class Director:
         """From here on, `video` has `unwatched_s` to find a watcher, if it has none and needs one."""
         if video.unwatched is not None:
             video.unwatched.cancel()
-        if video.request.while_watched and not video.ending:
-            video.unwatched = asyncio.get_running_loop().call_later(self._unwatched_s, self._cancel_unwatched, video)
+        if video.request.while_watched and not video.ending and not video.cancelled:
+            wait = self._unwatched_s if video.noted is None else max(self._unwatched_s, NOTED_WITHIN_S)
+            video.unwatched = asyncio.get_running_loop().call_later(wait, self._cancel_unwatched, video)
 
     def _cancel_unwatched(self, video: RunningVideo) -> None:
-        if not video.watchers:
-            asking = asyncio.create_task(self._cancel_unless_watched_elsewhere(video), context=contextvars.Context())
-            video.changes.add(asking)
-            asking.add_done_callback(video.changes.discard)
-
-    async def _cancel_unless_watched_elsewhere(self, video: RunningVideo) -> None:
-        """The service that led before this one may still have viewers of it, of whom its ingress tells by the store."""
-        with suppress(StoreUnavailable):
-            if await self._store.watched_within(video.request.id, self._unwatched_s):
-                return self._watch_out(video)
-        if not video.watchers:
+        if video.watchers:
+            return
+        if video.noted is None:
             event(logger, "unwatched", video.request)
-            self._cancel(video)
+            return self._cancel(video)
+        asking = asyncio.create_task(
+            self._cancel_unless_watched_elsewhere(video, video.noted), context=contextvars.Context()
+        )
+        video.changes.add(asking)
+        asking.add_done_callback(video.changes.discard)
+
+    async def _cancel_unless_watched_elsewhere(self, video: RunningVideo, noted_before: float) -> None:
+        """The service that led before this one may still have viewers of it, of whom its ingress tells by the store.
+        That it told anew is what counts, and not when: so no two clocks are compared."""
+        try:
+            noted = await self._store.noted_watched(video.request.id)
+        except StoreUnavailable:  # nobody can say
+            return self._watch_out(video)
+        if video.watchers or video.ending:
+            return
+        video.noted = noted if noted > noted_before else None
+        if video.noted is None:
+            self._cancel_unwatched(video)
+        else:
+            video.play()
+            self._watch_out(video)
 
     # How a video ends
 

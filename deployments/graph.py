@@ -31,7 +31,7 @@ from deployments.store import Retired, Store, Superseded
 from deployments.tracing import Tracer
 from helios_core.spec import PromptChange, VideoSpec
 
-LEADERLESS = (ReplicaLost, Superseded)  # the Director died, or another one of this service leads
+LEADERLESS = (ReplicaLost, Superseded)  # the Director died, or another one leads: of this service, unless it is Retired
 ASK_AGAIN_S = 0.5
 NEXT_DIRECTOR_S = 30.0
 
@@ -281,6 +281,8 @@ class RemoteDirector:
             await asyncio.sleep(ASK_AGAIN_S)  # the call itself waits in Serve until there is a Director
             try:
                 return await call(self._handle, method, *args)
+            except Retired:
+                raise
             except LEADERLESS:
                 if clock() >= deadline:
                     raise

@@ -181,6 +181,9 @@ class RunningVideo:
         unseen_s = min(made_s, (lead_s or 0.0) + CHUNK_FRAMES / request.spec.fps)
         self.playback = Playback(lead_s, unseen_s, asyncio.get_running_loop().time())
         self.unwatched: asyncio.TimerHandle | None = None
+        # When viewers of a service that led before this one were last noted, by the store's clock; None if there can be
+        # none, since this Director accepted it.
+        self.noted: float | None = None
         self.inside = AsyncExitStack()  # holds its place among the videos that take turns, as long as it
         self.is_inside = False  # is one of them
         self.asked_at = 0.0  # when it wanted its newest chunk, by the loop's clock
@@ -197,6 +200,10 @@ class RunningVideo:
     def watch(self) -> None:
         """Somebody watches."""
         self.watchers += 1
+        self.play()
+
+    def play(self) -> None:
+        """Somebody watches, here or through another service."""
         if self.playback.watched(asyncio.get_running_loop().time()):
             self.update(self.record)  # who waits for the first one goes on
 

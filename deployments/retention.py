@@ -78,6 +78,7 @@ class Retention:
         await self._store.check_leads(self._term)
         await self._store.forget_claims(now)
         await self._store.forget_spent(now - DAY_S)
+        await self._store.forget_watched()
         if self._keep == Keep():
             return
         for video in expired(await self._look(), self._keep, now):

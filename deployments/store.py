@@ -1,7 +1,7 @@
 """The store: the files of every video, and the job database, as objects behind one URL. It alone knows the keys.
 
-    terms/000003                      claimed exclusively by each Director as it starts, for the service that it names;
-                                      the newest leads. services/{service}: has led
+    terms/000003                      claimed exclusively by each Director as it starts, for the service that it names
+                                      (none, if it is of a version that knew of no others); the newest leads
     watched/{id}                      by viewers of a service that another one has taken over from
     idempotency/{digest}/000001.json  claimed exclusively for the first request with an Idempotency-Key: its video's id.
                                       {digest}: SHA-256 of owner and key. The highest number holds, for a day
@@ -37,7 +37,6 @@ import logging
 import re
 import secrets
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -79,6 +78,7 @@ KINDS = {
 CLAIM_HOLDS_S = 24 * 3600.0
 
 ONE = "helios"  # the service, where nobody says which
+UNNAMED = ""  # the service of a term that an earlier version claimed
 
 THREADS = 32  # operations under way at once; more wait. Threads are made as they are needed
 
@@ -145,6 +145,12 @@ def renamed(item: StoredObject, video_id: str, term: int) -> StoredObject:
     return item.model_copy(update={"key": f"videos/{_checked(video_id)}/{TERM_IN_NAME.sub(f'.t{term}.', name)}"})
 
 
+def term_of(key: str) -> int:
+    """The term that put an object; 0 for one whose name carries none."""
+    match = TERM_IN_NAME.search(key)
+    return int(match[1]) if match else 0
+
+
 def is_video_id(text: str) -> bool:
     return VIDEO_ID.fullmatch(text) is not None
 
@@ -166,8 +172,7 @@ class Listed:
     @property
     def term(self) -> int:
         """The term that put it; 0 for an object whose name carries none."""
-        match = TERM_IN_NAME.search(self.key)
-        return int(match[1]) if match else 0
+        return term_of(self.key)
 
 
 class Claim(Record):
@@ -266,21 +271,25 @@ class Store:
         """A term that nobody else has or gets, higher than all before it. Raises Retired if another service has led
         since this one did: while an upgrade has two of them, a Director that dies in the old one must not take the
         videos back."""
-        term = await self.newest_term() + 1
+        newest = await self.newest_term()
         while True:
-            if await self.has_led(service) and (leads := await self._service(term - 1)) != service:
-                raise Retired(f"service {leads} leads since term {term - 1}, and {service} led before it")
+            leads = await self._service(newest)
+            if leads not in (UNNAMED, service) and await self.has_led(service):
+                raise Retired(f"service {leads} leads with term {newest}, and {service} led before it")
             try:
-                await self._put(f"terms/{term:06d}", service.encode(), mode="create")
-            except AlreadyExistsError:
-                term += 1
-                continue
-            await self._put(f"services/{service}", b"")
-            return term
+                await self._put(f"terms/{newest + 1:06d}", service.encode(), mode="create")
+                return newest + 1
+            except AlreadyExistsError:  # another one was faster: whose it is decides anew
+                newest += 1
 
     async def has_led(self, service: str) -> bool:
-        """Whether a Director of this service ever claimed a term."""
-        return service in await self._names("services")
+        """Whether a Director of this service ever claimed a term. The terms themselves tell: a note beside them could
+        be missing, if whoever should have put it died."""
+        return service in await asyncio.gather(*map(self._service, await self._terms()))
+
+    async def takes_over(self, term: int) -> bool:
+        """Whether the term before this one was another service's."""
+        return term > 1 and await self._service(term - 1) != await self._service(term)
 
     async def leads(self) -> str | None:
         """The service that leads; None if none ever did."""
@@ -289,17 +298,24 @@ class Store:
 
     async def _service(self, term: int) -> str:
         """For which service a term was claimed."""
-        return (await self.read(f"terms/{term:06d}")).decode()
+        if not term:
+            return UNNAMED
+        with self._errors():
+            return await self._run(_fetch_text, f"terms/{term:06d}")
+
+    async def _terms(self) -> list[int]:
+        return [int(name) for name in await self._names("terms") if TERM.fullmatch(name)]
 
     async def newest_term(self) -> int:
         """The highest term that was claimed; 0 before the first."""
-        return max((int(name) for name in await self._names("terms") if TERM.fullmatch(name)), default=0)
+        return max(await self._terms(), default=0)
 
     async def check_leads(self, term: int) -> None:
-        """Raises Superseded if a newer term was claimed: Retired, if for another service."""
+        """Raises Superseded if a newer term was claimed: Retired, if for another service. One of a version that names
+        none goes on claiming terms until it is gone, and who were Retired by it would not come back then."""
         if (newest := await self.newest_term()) > term:
-            own = await self._service(newest) == await self._service(term)
-            raise (Superseded if own else Retired)(f"term {newest} leads, and not {term}")
+            another = await self._service(newest) not in (UNNAMED, await self._service(term))
+            raise (Retired if another else Superseded)(f"term {newest} leads, and not {term}")
 
     async def claimed(self, owner: str, key: str, now: float) -> Claim | None:
         """The claim that holds `owner`'s Idempotency-Key at the Unix time `now`."""
@@ -414,20 +430,22 @@ class Store:
 
     async def end(self, video_id: str) -> None:
         """Remove the active marker; nothing happens if there is none."""
-        await self._delete([f"watched/{_checked(video_id)}", f"active/{video_id}"])
+        await self._delete([f"active/{_checked(video_id)}"])
 
     async def note_watched(self, video_id: str) -> None:
         """Tells the Director of another service that a video is watched."""
         await self._put(f"watched/{_checked(video_id)}", b"")
 
-    async def watched_within(self, video_id: str, seconds: float) -> bool:
-        """Whether that was told so recently, by this machine's clock and the store's."""
-        with self._errors():
-            try:
-                noted = _listed(await self._run(obstore.head, f"watched/{_checked(video_id)}"))
-            except FileNotFoundError:
-                return False
-        return time.time() - noted.modified_at <= seconds
+    async def noted_watched(self, video_id: str) -> float:
+        """When that was told last, a Unix time by the store's clock; 0 for never."""
+        noted = await self._head(f"watched/{_checked(video_id)}")
+        return 0.0 if noted is None else noted.modified_at
+
+    async def forget_watched(self) -> None:
+        """Remove what was told of videos that are not active any more."""
+        noted = [name for name in await self._names("watched") if is_video_id(name)]
+        active = set(await self.active()) if noted else set()
+        await self._delete([f"watched/{name}" for name in noted if name not in active])
 
     async def active(self) -> list[str]:
         """Ids of the videos that were accepted and have not ended, oldest first."""
@@ -481,11 +499,7 @@ class Store:
 
     async def marker(self, video_id: str) -> Listed | None:
         """The active marker of a video, or None if it has none."""
-        with self._errors():
-            try:
-                return _listed(await self._run(obstore.head, f"active/{_checked(video_id)}"))
-            except FileNotFoundError:
-                return None
+        return await self._head(f"active/{_checked(video_id)}")
 
     async def remove(self, key: str) -> None:
         """Remove one object that nothing names, of a video that has ended; nothing happens if it is gone."""
@@ -592,6 +606,13 @@ class Store:
             except FileNotFoundError:
                 raise ObjectMissing(f"{self.url}: there is no {key}") from None
 
+    async def _head(self, key: str) -> Listed | None:
+        with self._errors():
+            try:
+                return _listed(await self._run(obstore.head, key))
+            except FileNotFoundError:
+                return None
+
     async def _put(self, key: str, data: bytes, mode: str = "overwrite") -> StoredObject:
         """Raises AlreadyExistsError if mode is "create" and the key is taken."""
         with self._errors():
@@ -686,6 +707,10 @@ def _remove_empty(folders: list[Path]) -> None:
 def _fetch_record(objects: Any, key: str) -> VideoRecord:
     # Parsed where it was read: that of a long video takes tens of milliseconds, which the event loop has not.
     return VideoRecord.model_validate_json(obstore.get(objects, key).bytes().to_bytes())
+
+
+def _fetch_text(objects: Any, key: str) -> str:
+    return bytes(obstore.get(objects, key).bytes()).decode()  # also of an empty one, of which no range can be read
 
 
 def _fetch(objects: Any, key: str, span: object) -> bytes:

@@ -21,7 +21,7 @@ from deployments.ingress import http_app
 from deployments.keys import new_key
 from deployments.rendering import environment
 from deployments.service import OBJECT_STORE_BYTES, run_service
-from deployments.store import Store
+from deployments.store import ONE, Store
 from deployments.tracing import Tracer
 from helios_core.checkpoints import Checkpoint
 from tests.core.media_files import write_samples
@@ -156,17 +156,20 @@ def bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @asynccontextmanager
 async def serving(
-    folder: Path, *models: str, keep_all_states: bool = False, **settings: Any
+    folder: Path, *models: str, keep_all_states: bool = False, service: str = ONE, **settings: Any
 ) -> AsyncIterator[LocalService]:
-    """A service in this process with these models, or with the stand-in alone. `settings`: others of the configuration;
-    the Director has no patience with its store, unless `store_patience_s` is among them."""
+    """A service in this process with these models, or with the stand-in alone. `service`: its name, among all on this
+    store; `settings`: others of the configuration; the Director has no patience with its store, unless
+    `store_patience_s` is among them."""
     config = AppConfig(store=str(folder / "store"))
     config = config.override(models=[{"model": model} for model in models or ("random",)], **settings)
     store = ReadStore(config.store)
     graph = GatedGraph(config)
     patience_s = settings.get("store_patience_s", 0.0)
     tracer = Tracer("director")
-    director = await Director.start(graph, store, tracer, patience_s, keep_all_states, admission=config.admission)
+    director = await Director.start(
+        graph, store, tracer, patience_s, keep_all_states, admission=config.admission, service=service
+    )
     trace_file = folder / "spans"
     tracer = Tracer("ingress", str(trace_file))
     app = http_app(config, [Checkpoint.open(each.model).card for each in config.models], director, store, tracer)

@@ -100,7 +100,6 @@ async def test_the_keys_of_a_video_of_two_chunks(store: Store) -> None:
     await store.put_record(record(*chunks), term)
     assert keys(store) == [
         f"active/{ID}",
-        "services/helios",
         "terms/000001",
         f"videos/{ID}/chunks/00000.t1.m4s",
         f"videos/{ID}/chunks/00001.t1.m4s",
