@@ -126,6 +126,12 @@ class StoreInUse(HeliosError):
     code = "store_in_use"
 
 
+def cluster_of(service: str) -> str:
+    """A service's name is that of its cluster, a hyphen, and that of the graph's build there, of which one follows the
+    other in its own time."""
+    return service.partition("-")[0]
+
+
 def new_video_id(now: float) -> str:
     """A new id that nobody can guess: `video_`, 12 hex digits of milliseconds, 20 random ones. Ids sort by time.
 
@@ -274,7 +280,7 @@ class Store:
         newest = await self.newest_term()
         while True:
             leads = await self._service(newest)
-            if leads not in (UNNAMED, service) and await self.has_led(service):
+            if leads != UNNAMED and cluster_of(leads) != cluster_of(service) and await self.has_led(service):
                 raise Retired(f"service {leads} leads with term {newest}, and {service} led before it")
             try:
                 await self._put(f"terms/{newest + 1:06d}", service.encode(), mode="create")
@@ -288,8 +294,8 @@ class Store:
         return service in await asyncio.gather(*map(self._service, await self._terms()))
 
     async def takes_over(self, term: int) -> bool:
-        """Whether the term before this one was another service's."""
-        return term > 1 and await self._service(term - 1) != await self._service(term)
+        """Whether the term before this one was claimed in another cluster."""
+        return term > 1 and cluster_of(await self._service(term - 1)) != cluster_of(await self._service(term))
 
     async def leads(self) -> str | None:
         """The service that leads; None if none ever did."""
@@ -311,10 +317,11 @@ class Store:
         return max(await self._terms(), default=0)
 
     async def check_leads(self, term: int) -> None:
-        """Raises Superseded if a newer term was claimed: Retired, if for another service. One of a version that names
+        """Raises Superseded if a newer term was claimed: Retired, if in another cluster. One of a version that names
         none goes on claiming terms until it is gone, and who were Retired by it would not come back then."""
         if (newest := await self.newest_term()) > term:
-            another = await self._service(newest) not in (UNNAMED, await self._service(term))
+            leads = await self._service(newest)
+            another = leads != UNNAMED and cluster_of(leads) != cluster_of(await self._service(term))
             raise (Retired if another else Superseded)(f"term {newest} leads, and not {term}")
 
     async def claimed(self, owner: str, key: str, now: float) -> Claim | None:

@@ -119,7 +119,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory, redis: str) -> Iterator[Node
         testing=True,
         store_patience_s=2.0,
         torch_threads=1,
-        drain_s=600.0,
+        drain_s=120.0,
         trace_file=str(folder / "spans.jsonl"),
     ).override(models=[{"model": "random", "sampler": sampler}])
     with pytest.MonkeyPatch.context() as patch:
@@ -191,9 +191,10 @@ def test_a_new_version_takes_over_under_load(nodes: Nodes, tmp_path: Path) -> No
     def versions(video_id: str) -> list[str]:
         return [run.version for run in nodes.service.record(video_id).runs]
 
+    nodes.add()
     with ThreadPoolExecutor(1) as pool:
         with nodes.videos(2) as ids:
-            nodes.committed(2)
+            wait_until(lambda: nodes.samplers() == 2)
             # It returns when the old ingress has served its viewers to the end.
             upgrade = pool.submit(deploy, {**nodes.schema, "applications": [following]})
             wait_until(lambda: all(versions(video_id)[-1:] == [version] for video_id in ids))
