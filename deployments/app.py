@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve import Application
 from ray.serve.exceptions import RayServeException
@@ -136,7 +137,9 @@ def deploy(
     if pool.accelerator_type is not None:
         resources["accelerator_type"] = pool.accelerator_type
     if environment is not None:
-        resources["runtime_env"] = {"env_vars": environment}
+        # Serve gives the application's own runtime_env only to deployments that have none.
+        around = dict(ray.get_runtime_context().runtime_env) if ray.is_initialized() else {}
+        resources["runtime_env"] = {**around, "env_vars": {**around.get("env_vars", {}), **environment}}
     size: dict[str, Any] = {"num_replicas": pool.min_replicas}
     if pool.max_replicas > pool.min_replicas or replica is DirectorReplica:  # which is one, but is asked for figures
         scaling = pool.model_dump(include={"min_replicas", "max_replicas", "upscale_delay_s", "downscale_delay_s"})

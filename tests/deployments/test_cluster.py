@@ -126,6 +126,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory, redis: str) -> Iterator[Node
         for name, value in {**environment(config), "RAY_REDIS_ADDRESS": redis}.items():
             patch.setenv(name, value)
         head = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES // 2}
+        patch.chdir(folder)  # else replicas would find our packages here, whatever version is to run
         cluster = Cluster(initialize_head=True, head_node_args=head)
         ray.init(cluster.address, log_to_driver=False)
         schema = yaml.safe_load(serve_config_text(config))
