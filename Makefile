@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export PROMPT ?= a red sun over a blue sea, drifting left
 
-.PHONY: demo serve test check format figures faults demo-scores fidelity demo-checkpoint manifests
+.PHONY: demo serve test check format figures faults demo-scores fidelity demo-checkpoint manifests autoscaling
 
 demo: $(VENV)/run.stamp  ## start the service, stream one video into video.mp4, stop
 	$(BIN)/helios demo "$$PROMPT" -o video.mp4
@@ -30,6 +30,9 @@ faults: $(VENV)/dev.stamp  ## every kill, ten seeded trials each
 
 figures: $(VENV)/dev.stamp  ## every measured figure of the README, measured again
 	$(BIN)/python -m load_tests.figures
+
+autoscaling: $(VENV)/dev.stamp  ## how samplers follow the demand: docs/autoscaling.png
+	$(BIN)/python -m load_tests.autoscaling
 
 demo-scores: $(VENV)/run.stamp  ## how often the demo model does what it is asked: the README's table of scores
 	$(BIN)/python -m helios_core.demo.evaluate
