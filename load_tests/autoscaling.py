@@ -28,7 +28,7 @@ PLOT = Path("docs/autoscaling.png")
 MOST = 3
 SAMPLER = "max_replicas: 3, min_chunk_seconds: 1.0, num_cpus: 0.1, upscale_delay_s: 2, downscale_delay_s: 6"
 SCALED = f"testing: true\ntorch_threads: 1\nmodels: [{{model: random, sampler: {{{SAMPLER}}}}}]\n"
-EMPTY = "models: [{model: random, sampler: {min_replicas: 0, upscale_delay_s: 2}}]\n"
+EMPTY = "models: [{model: random, sampler: {min_replicas: 0, downscale_delay_s: 2}}]\n"
 ALONE_S, LOOK_S = 8.0, 0.25
 SHORT, LONG = 24, 72  # chunks
 GAUGES = {
@@ -42,8 +42,12 @@ Seen = list[dict[str, float]]
 
 def main() -> None:
     with running_service(SCALED) as (url, _, _):
+        stream(url, chunks=1)  # when that is over all parts are there
         seen = watch(url)
     with running_service(EMPTY) as (url, _, _):
+        stream(url, chunks=1)
+        while look(url)["samplers"]:
+            time.sleep(LOOK_S)
         begin = time.perf_counter()
         stream(url, chunks=1)
         cold = time.perf_counter() - begin

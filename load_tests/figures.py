@@ -218,7 +218,7 @@ def report(
         "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "ray", "av", "helios-serve")),
         "commit": commit,
         "command": "make figures",
-        "video": f"demo model, its default size, steps 1,1,1 (first chunk amplified), {33 * CHUNKS} frames, {REPEATS} runs",
+        "video": f"demo model, its size, steps 1,1,1 (first chunk amplified), {33 * CHUNKS} frames, {REPEATS} runs",
     }
     lines = ["| figure | median (min to max) |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in figures.items()]
