@@ -40,8 +40,9 @@ demo-scores: $(VENV)/run.stamp  ## how often the demo model does what it is aske
 fidelity: $(VENV)/run.stamp  ## how near the approximate samplers come to the exact one, on the demo model
 	$(BIN)/python -m helios_core.demo.fidelity --json benchmarks/fidelity.json
 
-manifests: $(VENV)/run.stamp  ## what k8s/overlays has of each helios.yaml, made again
+manifests: $(VENV)/run.stamp  ## what k8s has of each overlay's helios.yaml and of the table of metrics, made again
 	for file in k8s/overlays/*/helios.yaml; do $(BIN)/helios config render --kustomize $$file || exit 1; done
+	$(BIN)/helios config monitoring -o k8s/monitoring
 
 # glibc must keep what was freed: without these, steps take twice as long.
 demo-checkpoint: export MALLOC_MMAP_THRESHOLD_ = 33554432

@@ -14,7 +14,7 @@ from ray.serve import Application
 from ray.serve.exceptions import RayServeException
 
 from deployments.config import AppConfig, ConfigError, Pool, VaePool
-from deployments.graph import DirectorReplica, ModelHandles
+from deployments.graph import RENDERS_AT_ONCE, TEXTS_AT_ONCE, DirectorReplica, ModelHandles
 from deployments.ingress import Ingress
 from deployments.keys import read_keys
 from deployments.sampler import Sampler
@@ -27,7 +27,8 @@ MANY = 10_000  # requests at once for those that only wait: Serve's default of 5
 VIEWERS = 200  # requests at once of one ingress, where there may be several
 LONGEST_ANSWER_S = 2.0  # a Director that is to stop has nothing to finish: what it leaves goes on under the next one
 LOOK_AGAIN_S = 0.5  # between two looks whether a replica that is to stop has finished, in place of Serve's 2
-LOOK_BACK_S = 5.0  # over so long the demand is averaged: some chunks, between two of which a video wants none
+LOOK_BACK_S = 30.0  # so much of what the Director told does the policy see
+TELLS_EVERY_S = 1.0  # Serve asks the Director for it; 10 s, as by default, would be most of a cold start
 # Replicas that compute keep their freed memory: where glibc gives every large tensor back at once, as service.py has it
 # do for all the others, a CPU decodes at half the speed (measured: the kernel clears the pages again and again).
 TENSORS = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
@@ -72,11 +73,11 @@ def build_app(config: AppConfig) -> tuple[Application, list[Pool]]:
         own, source = checkpoint.card.id, checkpoint.source
         if own in encoders:
             name = _name("TextEncoder", own, encoders)
-            encoder = deploy(TextEncoder, config.text_encoder, at_once=4, name=name, environment=TENSORS)
+            encoder = deploy(TextEncoder, config.text_encoder, TEXTS_AT_ONCE, name=name, environment=TENSORS)
             text_encoders[own] = encoder.bind(config, source)
         if own in decoders:  # one chunk is stored while the next is decoded
             name = _name("VaeDecoder", own, decoders)
-            decoder = deploy(VaeDecoder, config.vae_decoder, at_once=2, name=name, environment=TENSORS)
+            decoder = deploy(VaeDecoder, config.vae_decoder, RENDERS_AT_ONCE, name=name, environment=TENSORS)
             vae_decoders[own] = decoder.bind(config, source)
         name = _name("Sampler", own, ids)
         sampler = deploy(Sampler, settings.sampler, at_once=1, name=name, environment=TENSORS)
@@ -143,9 +144,8 @@ def deploy(
     size: dict[str, Any] = {"num_replicas": pool.min_replicas}
     if pool.max_replicas > pool.min_replicas or replica is DirectorReplica:  # which is one, but is asked for figures
         scaling = pool.model_dump(include={"min_replicas", "max_replicas", "upscale_delay_s", "downscale_delay_s"})
-        size = {
-            "autoscaling_config": {**scaling, "look_back_period_s": LOOK_BACK_S, "target_ongoing_requests": VIEWERS}
-        }
+        told = {"look_back_period_s": LOOK_BACK_S, "metrics_interval_s": TELLS_EVERY_S}
+        size = {"autoscaling_config": {**scaling, **told, "target_ongoing_requests": VIEWERS}}
     return serve.deployment(
         replica,
         name=name or replica.__name__,

@@ -3,8 +3,8 @@
 Serve's own rule counts calls that wait, of which there are none: the Director holds back a sample call until a sampler
 is free. So it tells what is wanted instead (`ServeGraph.demand`), as figures whose names begin with a deployment's:
 
-`NAME/wanting`: videos that want a chunk now, under way or waiting. `NAME/calls`: calls under way now. `NAME/work`: the
-seconds that all calls have taken their replicas so far.
+`NAME/wanting`: videos that want a chunk now, under way or waiting. `NAME/calls`: calls under way now, in replicas that
+would have their hands full with them. `NAME/work`: the seconds that all calls have taken their replicas so far.
 
 Serve asks `replicas` ten times a second, in its controller, into which this module goes as a copy: it imports nothing
 of ours. Bounds and delays are Serve's to apply.
@@ -16,7 +16,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-UNMET = 0.1  # of a video: so much less than a whole one may go without a sampler of its own
+RECENT_S = 5.0  # over so long what is wanted now is averaged: some chunks, between two of which a video wants none
+UNMET = 0.1  # of a replica: so little may be wanted without one more
 BUSY = 0.8  # the share of its time that a replica which serves all videos is to be at work
 
 
@@ -26,13 +27,20 @@ def samplers(wanting: float) -> int:
 
 
 def for_all(work: float, calls: float) -> int:
-    """Of VAE decoders and text encoders, which take the calls of all videos in turn. `work`: seconds of it a second;
-    `calls`: under way, in the mean: one that waits for the first replica has done no work yet."""
-    return max(math.ceil(work / BUSY - 1e-9), 1 if calls > 0 else 0)
+    """Of VAE decoders and text encoders, which take the calls of all videos in turn. `work`: seconds of it a second, of
+    calls that are over; `calls`: what is under way, of which more than the replicas have hands waits."""
+    return max(math.ceil(work / BUSY - 1e-9), math.ceil(calls - UNMET), 1 if calls > 0 else 0)
+
+
+def recent(figures: Sequence[Any]) -> float:
+    """The mean of the last RECENT_S, as they are told once a second. `figures`: with `timestamp` and `value`, oldest
+    first."""
+    values = [each.value for each in figures if each.timestamp > figures[-1].timestamp - RECENT_S]
+    return float(sum(values)) / len(values) if values else 0.0
 
 
 def rate(counts: Sequence[Any]) -> float:
-    """By how much a count grew a second. `counts`: with `timestamp` and `value`, oldest first."""
+    """By how much a count grew a second, over all that is told of it."""
     if len(counts) < 2 or counts[-1].timestamp <= counts[0].timestamp:
         return 0.0
     first, last = counts[0], counts[-1]
@@ -48,10 +56,9 @@ def replicas(contexts: Mapping[Any, Any]) -> tuple[dict[Any, float], dict[Any, d
     rates: dict[str, float] = {}
     for context in contexts.values():
         if context.deployment_name == "Director":
-            for name, told in context.aggregated_metrics.items():
-                means[name] = sum(told.values())
             for name, told in context.raw_metrics.items():
-                rates[name] = sum(rate(counts) for counts in told.values())
+                means[name] = sum(map(recent, told.values()))
+                rates[name] = sum(map(rate, told.values()))
     wanted: dict[Any, float] = {}
     for deployment, context in contexts.items():
         name = context.deployment_name

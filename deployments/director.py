@@ -108,7 +108,7 @@ class Director:
         self._keep_all_states = keep_all_states
         self._turns = {model: Turns(partial(graph.samplers, model)) for model in graph.models}
         self._rooms = {
-            model: Room(partial(graph.samplers, model), admission.videos_per_sampler) for model in graph.models
+            model: Room(partial(_samplers, graph, model), admission.videos_per_sampler) for model in graph.models
         }
         self._admission = Admission(admission, store, self._rooms, self._ends_s)
         self._metrics = Metrics()
@@ -708,6 +708,11 @@ class Director:
             await self._store.end(ended.id)
         except StoreUnavailable as error:  # it stays active: the next Director tries again
             event(logger, "not tidied up", request, logging.WARNING, reason=str(error))
+
+
+def _samplers(graph: Graph, model: str) -> int:
+    """Those that there are, or the one that will be."""
+    return max(1, graph.samplers(model))
 
 
 async def _whole(work: Awaitable[T]) -> T:

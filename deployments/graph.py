@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,12 +27,15 @@ from deployments.records import (
     VideoStatus,
 )
 from deployments.retention import Keep
-from deployments.store import Retired, Store, Superseded
+from deployments.store import Retired, Store, Superseded, cluster_of
 from deployments.tracing import Tracer
 from helios_core.spec import PromptChange, VideoSpec
 
 LEADERLESS = (ReplicaLost, Superseded)  # the Director died, or another one leads: of this service, unless it is Retired
 ASK_AGAIN_S = 0.5
+TEXTS_AT_ONCE = 4  # calls that one text encoder takes
+RENDERS_AT_ONCE = 2  # of a VAE decoder: one chunk is stored while the next is decoded
+OTHER_CLUSTER_S = 1800.0  # so long a new cluster leaves the lead to the one before, until it has replicas itself
 NEXT_DIRECTOR_S = 30.0
 
 
@@ -48,8 +51,10 @@ class ModelHandles:
 
 @dataclass
 class Load:
-    """What one deployment was asked for: calls under way, and the seconds that all of them took so far."""
+    """What one deployment was asked for: calls under way, of which a replica takes `at_once`, and the seconds that all
+    of them took so far."""
 
+    at_once: int
     calls: int = 0
     seconds: float = 0.0
 
@@ -70,8 +75,8 @@ class ServeGraph:
         self._models = models
         self._loads: dict[str, Load] = {}  # of each deployment that serves the videos of several samplers
         for own in models.values():
-            for handle in (own.text_encoder, own.vae_decoder):
-                self._loads.setdefault(handle.deployment_name, Load())
+            for handle, at_once in ((own.text_encoder, TEXTS_AT_ONCE), (own.vae_decoder, RENDERS_AT_ONCE)):
+                self._loads.setdefault(handle.deployment_name, Load(at_once))
             live_replicas(own.sampler)  # from now on it hears of them
 
     @property
@@ -82,7 +87,8 @@ class ServeGraph:
         return self._models[model].fingerprint
 
     def samplers(self, model: str) -> int:
-        return max(1, live_replicas(self._models[model].sampler))  # with none alive, one call waits for the first
+        # With none alive no call waits for the first: Serve would start one for it, whatever the policy says.
+        return live_replicas(self._models[model].sampler)
 
     def replicas(self, part: str) -> int:
         handles = {handle.deployment_name: handle for handle in (getattr(own, part) for own in self._models.values())}
@@ -94,7 +100,7 @@ class ServeGraph:
         for model, own in self._models.items():
             told[f"{own.sampler.deployment_name}/wanting"] = wanting[model]
         for name, load in self._loads.items():
-            told |= {f"{name}/calls": load.calls, f"{name}/work": load.seconds}
+            told |= {f"{name}/calls": load.calls / load.at_once, f"{name}/work": load.seconds}
         return told
 
     async def encode(self, call: Call, model: str, prompt: str) -> tuple[Ref, StoredObject]:
@@ -141,14 +147,15 @@ class DirectorReplica:
         self._graph = ServeGraph(models)
         store = Store(config.store)
         cluster = cluster_id()
-        leads = await store.leads()
-        if leads is not None and not leads.startswith(cluster):
-            await until_live(always)  # until then the other cluster can make its videos, and this one cannot
+        service, leads = f"{cluster}-{build}", await store.leads()
+        if leads is not None and cluster_of(leads) != cluster and not await store.has_led(service):
+            with suppress(TimeoutError):  # the other cluster can make its videos, and this one cannot yet
+                await asyncio.wait_for(until_live(always), OTHER_CLUSTER_S)
         self._director = await Director.start(
             self._graph,
             store,
             tracer,
-            service=f"{cluster}-{build}",
+            service=service,
             patience_s=config.store_patience_s,
             keep_all_states=config.keep_states == "all",
             log_prompts=config.log_prompts,
@@ -161,7 +168,7 @@ class DirectorReplica:
         self._director.check_health()
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """What Serve asks several times a second, for the policy."""
+        """What Serve asks once a second, for the policy."""
         return self._graph.demand(self._director.wanting())
 
     async def admit(self, owner: str, quota: Quota) -> None:

@@ -83,7 +83,7 @@ class Graph(Protocol):
         ...
 
     def samplers(self, model: str) -> int:
-        """How many calls of `sample` for this model may be under way at once, at least 1."""
+        """How many calls of `sample` for this model may be under way at once; 0 while there is no sampler."""
         ...
 
     def replicas(self, part: str) -> int:

@@ -69,7 +69,6 @@ def serve_config(config: AppConfig) -> dict[str, Any]:
     config = config.override(store=Store(config.store).url, trace_file=trace_file, keys=keys)
     return {
         "http_options": {"host": config.host, "port": config.port},
-        "logging_config": {"encoding": "JSON", "enable_access_log": False},
         "applications": [
             {
                 "name": APP_NAME,
@@ -77,6 +76,7 @@ def serve_config(config: AppConfig) -> dict[str, Any]:
                 "import_path": "deployments.app:application",
                 "args": config.model_dump(mode="json", exclude_defaults=True),
                 "autoscaling_policy": {"policy_function": "deployments.autoscaling:replicas"},
+                "logging_config": {"encoding": "JSON", "enable_access_log": False},
             }
         ],
     }
@@ -91,8 +91,8 @@ def environment(config: AppConfig) -> dict[str, str]:
         # HAProxy is loaded anew whenever an ingress comes or goes, and the old one ends after 120 s unless told.
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(math.ceil(config.limits.longest_s)),
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.request_ids.before_serve",
-        # What the Director tells of its demand; Serve's 10 s would be most of a cold start.
-        "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
+        # A replica that fails its health check hangs in a call: it is not waited for until that ends.
+        "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
         **MALLOC,
     }
 

@@ -61,23 +61,36 @@ def run_service(config: AppConfig) -> Iterator[str]:
                 ray.init(address, logging_level=logging.WARNING, log_to_driver=False)
             logging.getLogger("ray.serve").setLevel(logging.WARNING)
             serve.start(http_options=schema["http_options"])
-            deploy(schema)
         except (RuntimeError, ConnectionError, ValueError) as error:
             ray.shutdown()
             raise StartFailed(str(error)) from error
         try:
-            yield f"http://{config.host}:{config.port}"
+            try:
+                deploy(schema)
+            except RuntimeError as error:
+                raise StartFailed(str(error)) from error
+            try:
+                yield f"http://{config.host}:{config.port}"
+            finally:
+                _stop_director()
         finally:
             try:
-                serve.get_deployment_handle("Director", APP_NAME).stop.remote().result(timeout_s=LONGEST_STOP_S)
-            except (TimeoutError, RayError, RayServeException) as error:  # the next Director finds its videos active
-                logger.warning("the Director did not stop by itself: %s", error)
-            finally:
                 if address == "local":
                     serve.shutdown()
                 else:
                     serve.delete(APP_NAME)  # other applications of the cluster are not ours to stop
+            except TimeoutError as error:
+                logger.warning("the service is still stopping: %s", error)
+            finally:
                 ray.shutdown()
+
+
+def _stop_director() -> None:
+    """Without ending any video: the next Director finds them active."""
+    try:
+        serve.get_deployment_handle("Director", APP_NAME).stop.remote().result(timeout_s=LONGEST_STOP_S)
+    except (TimeoutError, RayError, RayServeException) as error:
+        logger.warning("the Director did not stop by itself: %s", error)
 
 
 def _start_ray(**options: Any) -> None:
@@ -90,8 +103,8 @@ def _start_ray(**options: Any) -> None:
 def _check_room(pools: list[Pool], resources: dict[str, float]) -> None:
     """Raises StartFailed if this machine cannot hold the replicas: Serve would wait for another one for ever."""
     for kind, needed in (
-        ("CPU", sum(pool.num_cpus * pool.min_replicas for pool in pools)),
-        ("GPU", sum(pool.num_gpus * pool.min_replicas for pool in pools)),
+        ("CPU", sum(pool.num_cpus * max(1, pool.min_replicas) for pool in pools)),
+        ("GPU", sum(pool.num_gpus * max(1, pool.min_replicas) for pool in pools)),
     ):
         if needed > resources.get(kind, 0):
             raise StartFailed(f"the replicas need {needed:g} {kind}s; this machine has {resources.get(kind, 0):g}")

@@ -77,6 +77,7 @@ KINDS = {
 
 CLAIM_HOLDS_S = 24 * 3600.0
 
+NEWEST_TERMS = 100  # nobody comes back after so many others
 ONE = "helios"  # the service, where nobody says which
 UNNAMED = ""  # the service of a term that an earlier version claimed
 
@@ -289,9 +290,10 @@ class Store:
                 newest += 1
 
     async def has_led(self, service: str) -> bool:
-        """Whether a Director of this service ever claimed a term. The terms themselves tell: a note beside them could
-        be missing, if whoever should have put it died."""
-        return service in await asyncio.gather(*map(self._service, await self._terms()))
+        """Whether a Director of this service claimed one of the newest terms. The terms themselves tell: a note beside
+        them could be missing, if whoever should have put it died."""
+        newest = sorted(await self._terms())[-NEWEST_TERMS:]
+        return service in await asyncio.gather(*map(self._service, newest))
 
     async def takes_over(self, term: int) -> bool:
         """Whether the term before this one was claimed in another cluster."""

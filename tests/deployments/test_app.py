@@ -36,6 +36,7 @@ def test_sampler_of_the_readme_gets_an_h100_per_replica_and_is_scaled(tmp_path: 
     assert sampler.ray_actor_options == {"num_cpus": 4, "num_gpus": 1, "accelerator_type": "H100"}
     scaling = sampler._deployment_config.autoscaling_config
     assert (scaling.min_replicas, scaling.max_replicas) == (1, 8)
+    assert (scaling.look_back_period_s, scaling.metrics_interval_s) == (30, 1)
     assert sampler.max_ongoing_requests == 1
 
 

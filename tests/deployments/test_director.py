@@ -446,6 +446,17 @@ async def test_a_chunk_is_not_tried_for_ever(rig: Rig, point: str, loss: type[Ex
     assert (await rig.ended(await rig.create(prompt="another"))).status == "completed"
 
 
+async def test_where_there_is_no_sampler_a_video_waits_and_is_counted_as_wanting_one(rig: Rig) -> None:
+    rig.graph.at_once = 0
+    video_id = await rig.create(chunks=1)
+    while rig.director.wanting() != {"random": 1}:  # noqa: ASYNC110 - its text is encoded first
+        await asyncio.sleep(0)
+    assert "sample 0" not in rig.graph.log
+    rig.graph.at_once = 1
+    assert (await rig.ended(video_id)).status == "completed"
+    assert rig.director.wanting() == {"random": 0}
+
+
 async def test_a_loss_counts_for_the_chunk_that_was_lost_and_not_for_the_one_it_goes_on_from(rig: Rig) -> None:
     rendering = rig.graph.gate("render 1")  # twice chunk 1 is not committed when the state after chunk 2 is lost
     losses = rig.graph.losses[PROMPT, "sampled 2"] = [InputLost("gone") for _ in range(9)]
