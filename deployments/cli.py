@@ -24,7 +24,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from deployments import rendering, store_check, videos_cli
+from deployments import config_cli, store_check, videos_cli
 from deployments.keys import app as keys_cli
 from deployments.videos_cli import check_writable
 from helios_core.config import CHUNK_FRAMES, Approximations, HistoryRefresh
@@ -36,7 +36,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.add_typer(videos_cli.app, name="videos")
 app.add_typer(store_check.app, name="store")
 app.add_typer(keys_cli, name="keys")
-app.add_typer(rendering.app, name="config")
+app.add_typer(config_cli.app, name="config")
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 WORDS = "\n\n".join(f"{kind}: {', '.join(words)}" for kind, words in vocabulary().items())  # a paragraph for each

@@ -7,54 +7,18 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 import yaml
 
 from deployments.config import AppConfig
 from deployments.store import Store
-from helios_core.errors import InvalidInput
 
 APP_NAME = "helios"
 RAY_SERVICE = "helios"  # the RayService of k8s/base
 # glibc keeps what was freed, some MB for each thread, unless told otherwise: over ten minutes of video a Director then
 # grows by 10 %, with these by 2.5 % (measured).
 MALLOC = {"MALLOC_ARENA_MAX": "2", "MALLOC_TRIM_THRESHOLD_": "131072"}
-
-app = typer.Typer(no_args_is_help=True, help="The service's configuration, as a cluster needs it.")
-
-
-@app.command()
-def render(
-    file: Path,
-    kustomize: bool = typer.Option(
-        False, "--kustomize", help="write serve-config.yaml and ray.env beside FILE, as the overlays in k8s/ have them"
-    ),
-) -> None:
-    """Print the Ray Serve configuration of the service that FILE describes: for `serve deploy`, or a RayService."""
-    config = AppConfig.read(file)
-    if not kustomize:
-        typer.echo(serve_config_text(config), nl=False)
-        return
-    for name, text in overlay(config, str(file)).items():
-        (file.parent / name).write_text(text, encoding="utf-8")
-
-
-@app.command()
-def monitoring(
-    output: Annotated[Path, typer.Option("--output", "-o", help="folder for the files, as k8s/monitoring has them")],
-) -> None:
-    """Write Grafana dashboards, Prometheus rules and a scrape job, made from the table of metrics."""
-    from deployments.monitoring import files
-
-    try:
-        for name, text in files().items():
-            path = output / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InvalidInput("output", str(output), f"a folder that can be written ({error.strerror})") from None
 
 
 def serve_config(config: AppConfig) -> dict[str, Any]:
