@@ -95,7 +95,8 @@ def build_app(config: AppConfig) -> tuple[Application, list[Pool]]:
     always = [sampler for own, sampler in samplers.items() if sizes[own].min_replicas]
     always += text_encoders.values() if config.text_encoder.min_replicas else ()
     always += vae_decoders.values() if config.vae_decoder.min_replicas else ()
-    director = deploy(DirectorReplica, config.director, at_once=MANY, name="Director").bind(
+    # There is one Director whatever is wanted, but only of a deployment that scales does Serve ask for figures.
+    director = deploy(DirectorReplica, config.director, at_once=MANY, name="Director", scales=config.scales).bind(
         config, models, always, secrets.token_hex(8)
     )
     ingress: Application = deploy(
@@ -131,9 +132,11 @@ def deploy(
     name: str | None = None,
     environment: dict[str, str] | None = None,
     drain_s: float = LONGEST_ANSWER_S,
+    scales: bool = False,
 ) -> Any:
-    """`replica` as a deployment with the resources of `pool`; each of its replicas takes `at_once` calls at a time, and
-    has `drain_s` to finish them when it is to stop, one that computes the time of its longest."""
+    """`replica` as a deployment with the resources of `pool`, whose size is asked of the policy if it may differ or
+    `scales`; each of its replicas takes `at_once` calls at a time, and has `drain_s` to finish them when it is to stop,
+    one that computes the time of its longest."""
     resources: dict[str, Any] = {"num_cpus": pool.num_cpus, "num_gpus": pool.num_gpus}
     if pool.accelerator_type is not None:
         resources["accelerator_type"] = pool.accelerator_type
@@ -142,7 +145,7 @@ def deploy(
         around = dict(ray.get_runtime_context().runtime_env) if ray.is_initialized() else {}
         resources["runtime_env"] = {**around, "env_vars": {**around.get("env_vars", {}), **environment}}
     size: dict[str, Any] = {"num_replicas": pool.min_replicas}
-    if pool.max_replicas > pool.min_replicas or replica is DirectorReplica:  # which is one, but is asked for figures
+    if pool.scales or scales:
         scaling = pool.model_dump(include={"min_replicas", "max_replicas", "upscale_delay_s", "downscale_delay_s"})
         told = {"look_back_period_s": LOOK_BACK_S, "metrics_interval_s": TELLS_EVERY_S}
         size = {"autoscaling_config": {**scaling, **told, "target_ongoing_requests": VIEWERS}}

@@ -47,6 +47,10 @@ class Pool(Settings):
             raise ValueError(f"max_replicas is {self.max_replicas}; allowed: at least min_replicas {self.min_replicas}")
         return self
 
+    @property
+    def scales(self) -> bool:
+        return self.max_replicas > self.min_replicas
+
 
 class VaePool(Pool):
     """Replicas with the VAE, which is fp32. `device`: auto means the GPU where the replica has one.
@@ -179,6 +183,12 @@ class AppConfig(Settings):
             if pause > 0 and not self.testing:
                 raise ValueError(f"min_chunk_seconds is {pause}; allowed: 0, unless testing is true")
         return self
+
+    @property
+    def scales(self) -> bool:
+        """Whether some deployment's size follows the demand."""
+        pools = [self.ingress, self.text_encoder, self.vae_decoder, *(each.sampler for each in self.models)]
+        return any(pool.scales for pool in pools)
 
     def check_door(self) -> None:
         """Raises ConfigError if strangers could come in."""

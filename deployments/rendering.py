@@ -31,6 +31,7 @@ def serve_config(config: AppConfig) -> dict[str, Any]:
     trace_file = None if config.trace_file is None else str(Path(config.trace_file).absolute())
     keys = None if config.keys is None else str(Path(config.keys).absolute())
     config = config.override(store=Store(config.store).url, trace_file=trace_file, keys=keys)
+    policy = {"autoscaling_policy": {"policy_function": "deployments.autoscaling:replicas"}} if config.scales else {}
     return {
         "http_options": {"host": config.host, "port": config.port},
         "applications": [
@@ -39,7 +40,7 @@ def serve_config(config: AppConfig) -> dict[str, Any]:
                 "route_prefix": "/",
                 "import_path": "deployments.app:application",
                 "args": config.model_dump(mode="json", exclude_defaults=True),
-                "autoscaling_policy": {"policy_function": "deployments.autoscaling:replicas"},
+                **policy,
                 "logging_config": {"encoding": "JSON", "enable_access_log": False},
             }
         ],

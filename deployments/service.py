@@ -87,10 +87,13 @@ def run_service(config: AppConfig) -> Iterator[str]:
 
 def _stop_director() -> None:
     """Without ending any video: the next Director finds them active."""
+    director = serve.get_deployment_handle("Director", APP_NAME)
     try:
-        serve.get_deployment_handle("Director", APP_NAME).stop.remote().result(timeout_s=LONGEST_STOP_S)
+        director.stop.remote().result(timeout_s=LONGEST_STOP_S)
     except (TimeoutError, RayError, RayServeException) as error:
         logger.warning("the Director did not stop by itself: %s", error)
+    finally:
+        director.shutdown()  # of one that scales it would go on telling a controller, and start a Ray for that
 
 
 def _start_ray(**options: Any) -> None:
