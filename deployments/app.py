@@ -91,8 +91,7 @@ def build_app(config: AppConfig) -> tuple[Application, list[Pool]]:
         )
         for checkpoint, encoder, decoder in zip(checkpoints, encoders, decoders, strict=True)
     }
-    sizes = {own: settings.sampler for own, settings in zip(ids, config.models, strict=True)}
-    always = [sampler for own, sampler in samplers.items() if sizes[own].min_replicas]
+    always = [samplers[own] for own, each in zip(ids, config.models, strict=True) if each.sampler.min_replicas]
     always += text_encoders.values() if config.text_encoder.min_replicas else ()
     always += vae_decoders.values() if config.vae_decoder.min_replicas else ()
     # There is one Director whatever is wanted, but only of a deployment that scales does Serve ask for figures.

@@ -22,7 +22,7 @@ MALLOC = {"MALLOC_ARENA_MAX": "2", "MALLOC_TRIM_THRESHOLD_": "131072"}
 
 
 def serve_config(config: AppConfig) -> dict[str, Any]:
-    """A ServeDeploySchema: HTTP, logs, and one application, which deployments.app.application builds from `args`.
+    """A ServeDeploySchema: HTTP and one application, which deployments.app.application builds from `args`.
 
     Relative paths are made absolute: replicas have working directories of their own. Raises ConfigError if strangers
     could come in.
@@ -51,7 +51,7 @@ def environment(config: AppConfig) -> dict[str, str]:
     """What each of Ray's nodes is to be started with, as Serve's processes read it."""
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": str(int(config.haproxy)),
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # a service that goes leaves no time to those who watch
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # how long those who watch have is drain_s
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(config.idle_seconds),
         # HAProxy is loaded anew whenever an ingress comes or goes, and the old one ends after 120 s unless told.
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(math.ceil(config.limits.longest_s)),
