@@ -123,6 +123,7 @@ class Director:
             replicas=graph.replicas,
             watchers=lambda: sum(video.watchers for video in self._running.values()),
             store_up=lambda: not store.health.away,
+            cpu_seconds=time.process_time,
         )
 
     @classmethod

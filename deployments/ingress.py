@@ -41,6 +41,7 @@ from deployments.hls import init_response, playlist_response, segment_response
 from deployments.keys import Key
 from deployments.logs import log_with_serve
 from deployments.making import NotPossible, ReplicaLost
+from deployments.metrics import ingress_text
 from deployments.page import install_page
 from deployments.records import News, Page, VideoRequestRecord, VideoStatus
 from deployments.request_ids import RequestIds, request_id
@@ -319,7 +320,7 @@ def http_app(
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(await director.metrics(), media_type=prometheus_client.CONTENT_TYPE_LATEST)
+        return Response(await director.metrics() + ingress_text(), media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
     @app.get("/healthz")
     async def healthz() -> JSONResponse:

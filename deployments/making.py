@@ -315,7 +315,8 @@ class Maker:
 
         async def attempt(number: int) -> Ref:
             call = video.call(number)
-            with self._losses(video, "vae_decoder", "encode input", call):
+            timed = self._metrics.timed("helios_media_encode_seconds")
+            with self._losses(video, "vae_decoder", "encode input", call), timed:
                 return await self._graph.encode_media(call, record.spec, media)
 
         return await self._retried(video, 0, attempt), 0
@@ -325,7 +326,8 @@ class Maker:
         if prompt in video.texts:
             return
         call = video.call(number)
-        with self._losses(video, "text_encoder", "encode prompt", call):
+        timed = self._metrics.timed("helios_text_encode_seconds")
+        with self._losses(video, "text_encoder", "encode prompt", call), timed:
             text, stored = await self._graph.encode(call, video.request.spec.model, prompt)
             video.texts[prompt], video.stored_texts[prompt] = text, stored
 
@@ -400,7 +402,7 @@ class Maker:
                         continue  # paused since it asked: another video may have the turn
                     mix = dict(video.record.spec.mix_of_chunk(index))
                     texts = [video.texts[prompt] for prompt in [*mix, *negative]]
-                    with self._losses(video, "sampler", "sample", call):
+                    with self._losses(video, "sampler", "sample", call), self._metrics.timed("helios_turn_seconds"):
                         return await self._graph.sample(call, spec, index, tuple(mix.values()), state, *texts)
 
         return await self._retried(video, index, attempt)
@@ -456,7 +458,8 @@ class Maker:
             if record.init is not None and record.init.sha256 != rendered.init.sha256:
                 raise EncoderChanged(f"chunk {chunk.index} has another init segment than the chunks before it")
             committed = record.with_chunk(rendered, run)
-            await self._store.put_record(committed, self._term)
+            with self._metrics.timed("helios_commit_seconds"):
+                await self._store.put_record(committed, self._term)
             video.playback.committed(chunk.frames / record.spec.fps, asyncio.get_running_loop().time())
             video.update(committed)
         self._metrics.committed(committed, time.time())

@@ -1,12 +1,17 @@
 """What the Director counts, for Prometheus. `METRICS` is the table of all names; `Metrics` keeps the counts.
 
-Only the Director counts: replicas report their seconds in the ChunkRecord, and the ingress relays this text.
+Only the Director counts: replicas report their seconds in the ChunkRecord, and the ingress relays this text, with its
+own processor time below it.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+import os
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -84,10 +89,21 @@ METRICS: tuple[Metric, ...] = (
         "Seconds that a video waited for a sampler, once per turn.",
         buckets=SECONDS,
     ),
+    Metric(
+        "helios_turn_seconds",
+        "histogram",
+        "Seconds that a video held a sampler, once per turn that made its chunk.",
+        buckets=SECONDS,
+    ),
+    Metric("helios_text_encode_seconds", "histogram", "Seconds of a call that encodes one prompt.", buckets=SECONDS),
+    Metric("helios_media_encode_seconds", "histogram", "Seconds of a call that encodes one input.", buckets=SECONDS),
     Metric("helios_sample_seconds", "histogram", "Seconds of sampling one chunk.", buckets=SECONDS),
     Metric("helios_decode_seconds", "histogram", "Seconds of decoding one chunk's latents.", buckets=SECONDS),
     Metric("helios_encode_seconds", "histogram", "Seconds of encoding one chunk's fragment.", buckets=SECONDS),
     Metric("helios_store_seconds", "histogram", "Seconds of storing one chunk's fragment and state.", buckets=SECONDS),
+    Metric(
+        "helios_commit_seconds", "histogram", "Seconds of storing the record that names one chunk.", buckets=SECONDS
+    ),
     Metric(
         "helios_real_time_factor",
         "histogram",
@@ -101,7 +117,19 @@ METRICS: tuple[Metric, ...] = (
         "Stalls of viewers, one per video, who watch it live from its first commit on.",
     ),
     Metric("helios_viewer_stall_seconds_total", "counter", "Seconds that those viewers stalled."),
+    Metric("helios_director_cpu_seconds_total", "counter", "Processor seconds of the Director."),
 )
+INGRESS_CPU = Metric(
+    "helios_ingress_cpu_seconds_total", "counter", "Processor seconds of the ingress that answers, by its process."
+)
+
+
+def ingress_text() -> bytes:
+    """What an ingress has to tell beside the Director's metrics: INGRESS_CPU, in Prometheus' text format."""
+    registry = _Registry()
+    counter = prometheus.Counter(INGRESS_CPU.name, INGRESS_CPU.help, ["process"], registry=registry)
+    counter.labels(f"{socket.gethostname()}:{os.getpid()}").inc(time.process_time())
+    return prometheus.generate_latest(registry)
 
 
 class _Registry(prometheus.CollectorRegistry):
@@ -142,6 +170,8 @@ class Metrics:
             for m in METRICS
             if m.kind == "histogram"
         }
+        self._cpu_seconds: Callable[[], float] = lambda: 0.0
+        self._counted_cpu = 0.0
         # rate() does not see the step of a series that begins at 1: each is there from the start, at 0.
         for metric in METRICS:
             if metric.labels:
@@ -150,6 +180,8 @@ class Metrics:
 
     def text(self) -> bytes:
         """All metrics in Prometheus' text format."""
+        before, self._counted_cpu = self._counted_cpu, self._cpu_seconds()
+        self._counters["helios_director_cpu_seconds_total"].inc(self._counted_cpu - before)
         return prometheus.generate_latest(self._registry)
 
     def accepted(self, video_id: str, at: float) -> None:
@@ -162,6 +194,13 @@ class Metrics:
         self._counters["helios_videos_resumed_total"].inc()
         committed = at if record.chunks else None
         self._clocks[record.id] = _Clock(record.created_at, committed, shown_until=at)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Observes in the histogram `name` how many seconds the block takes, if it comes to its end."""
+        began = time.perf_counter()
+        yield
+        self._observe(name, time.perf_counter() - began)
 
     def waited(self, seconds: float) -> None:
         """A video got a sampler, this long after it had asked for one."""
@@ -216,8 +255,11 @@ class Metrics:
         replicas: Callable[[str], int],
         watchers: Callable[[], int],
         store_up: Callable[[], bool],
+        cpu_seconds: Callable[[], float],
     ) -> None:
-        """Where the gauges are read from, at each `text`. Until then they are 0. `replicas`: of a part."""
+        """Where the gauges are read from, at each `text`. Until then they are 0. `replicas`: of a part; `cpu_seconds`:
+        of this process so far."""
+        self._cpu_seconds = cpu_seconds
         self._gauges["helios_videos_running"].set_function(running)
         self._gauges["helios_videos_queued"].set_function(queued)
         self._gauges["helios_queue_depth"].set_function(waiting)

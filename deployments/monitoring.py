@@ -371,6 +371,9 @@ def fleet() -> Rows:
             Panel("Chunks", "suffix: /s", {"chunks": per_second("helios_chunks_committed_total")}),
             Panel("Frames", "suffix: /s", {"frames": per_second("helios_frames_committed_total")}),
             Panel("Sampler steps", "suffix: /s", {"steps": per_second("helios_sampler_steps_total")}),
+            Panel(
+                "Processor of the Director", "percentunit", {"busy": per_second("helios_director_cpu_seconds_total")}
+            ),
         ],
         "Viewers": [
             Panel("First fragment", "s", quantiles(first, 0.5, 0.95, 0.99)),
@@ -398,7 +401,9 @@ def video() -> Rows:
         "decode": "helios_decode_seconds",
         "encode": "helios_encode_seconds",
         "store": "helios_store_seconds",
+        "commit": "helios_commit_seconds",
     }
+    calls = {"a turn on a sampler": "helios_turn_seconds", "a prompt's encoding": "helios_text_encode_seconds"}
     a_chunk = {part: f"{busy(name)} / {per_second('helios_chunks_committed_total')}" for part, name in parts.items()}
     whole = {
         "first fragment": "helios_time_to_first_fragment_seconds",
@@ -416,6 +421,11 @@ def video() -> Rows:
         ],
         "As its viewers see it": panels(whole),
         "Parts of a chunk": panels(parts),
+        "Calls as the Director sees them": [
+            *panels(calls),
+            # Of few videos: quantiles of none at all would be none.
+            Panel("Calls that encode an input, mean", "none", {"calls": busy("helios_media_encode_seconds")}),
+        ],
     }
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 from collections.abc import Sized
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from deployments.metrics import METRICS, Metric, Metrics
+from deployments.metrics import INGRESS_CPU, METRICS, Metric, Metrics, ingress_text
 from deployments.records import ChunkRecord, Status, StoredObject, Timings, VideoRecord
 from helios_core.spec import VideoSpec
 
@@ -235,11 +237,36 @@ def test_waits_and_retries() -> None:
     }
 
 
+def test_a_block_is_timed_if_it_comes_to_its_end() -> None:
+    metrics = Metrics()
+    with metrics.timed("helios_turn_seconds"):
+        pass
+    with suppress(OSError), metrics.timed("helios_turn_seconds"):
+        raise OSError
+    assert moved(metrics)["helios_turn_seconds_count"] == 1
+    with pytest.raises(KeyError), metrics.timed("helios_turns_seconds"):
+        pass
+
+
+def test_an_ingress_tells_its_processor_time_below_the_directors_metrics() -> None:
+    text = Metrics().text() + ingress_text()
+    (sample,) = re.findall(r'^helios_ingress_cpu_seconds_total\{process="[^"]+:(\d+)"\} (\S+)$', text.decode(), re.M)
+    assert int(sample[0]) == os.getpid() and float(sample[1]) > 0
+    assert text.count(INGRESS_CPU.name.encode()) == 3  # HELP, TYPE and one series
+
+
 def test_gauges_are_read_with_each_text() -> None:
     metrics, running = Metrics(), ["a"]
     replicas = {"text_encoder": 0, "sampler": 4, "vae_decoder": 1}
     metrics.observe(
-        lambda: len(running), lambda: 6, lambda: 2, lambda: 3, replicas.__getitem__, lambda: 5, lambda: True
+        lambda: len(running),
+        lambda: 6,
+        lambda: 2,
+        lambda: 3,
+        replicas.__getitem__,
+        lambda: 5,
+        lambda: True,
+        lambda: 0.5,
     )
     expected = {
         "helios_videos_queued": 6,
@@ -248,8 +275,9 @@ def test_gauges_are_read_with_each_text() -> None:
         "helios_replicas sampler": 4,
         "helios_replicas vae_decoder": 1,
         "helios_watchers": 5,
+        "helios_store_up": 1,
+        "helios_director_cpu_seconds_total": 0.5,
     }
-    expected |= {"helios_store_up": 1}
     assert moved(metrics) == {"helios_videos_running": 1, **expected}
     running.clear()
     assert moved(metrics) == expected
@@ -258,7 +286,7 @@ def test_gauges_are_read_with_each_text() -> None:
 def test_two_are_independent() -> None:
     metrics, other = Metrics(), Metrics()
     make(metrics, [T + 2], "failed", T + 3)
-    metrics.observe(*[lambda: 7] * 4, lambda part: 7, lambda: 7, lambda: True)
+    metrics.observe(*[lambda: 7] * 4, lambda part: 7, lambda: 7, lambda: True, lambda: 7.0)
     assert moved(other) == {}
 
 
