@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from deployments.config import AdmissionSettings, Quota
 from deployments.records import VideoRequestRecord
 from deployments.retention import DAY_S
-from deployments.scheduling import forecast
+from deployments.scheduling import forecast, has_room
 from deployments.store import Store, created_at
 from deployments.turns import Turns
 from helios_core.config import NATIVE_FPS
@@ -188,7 +188,7 @@ class Admission:
 
     def _is_full(self, model: str) -> bool:
         inside = sum(video.spec.model == model for video in self._videos.values())
-        return inside >= self._rooms[model].places() + self._settings.queued
+        return not has_room(inside, self._rooms[model].places(), self._settings.queued)
 
     def _no_room(self, model: str) -> TooMany:
         own = [video.id for video in self._videos.values() if video.spec.model == model]

@@ -1,4 +1,6 @@
-"""Whose turn it is: which of the videos that want a chunk now get a sampler. Pure functions over plain values.
+"""Whose turn it is: which of the videos that want a chunk now get a sampler. Pure functions over plain values, and a
+`Queue` that remembers what they need. Nothing here knows a clock or an event loop: so `helios plan` simulates these
+very rules.
 
 Between owners first: the one whose last turn is the longest ago goes first, so that two who both wait take turns one by
 one, however many videos either has. A newcomer goes last: it is owed nothing, and a stream of newcomers passes nobody.
@@ -15,6 +17,7 @@ owners, where one who has only batch videos waiting yields to the others.
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -107,10 +110,10 @@ def granted(order: list[Waiting], sampling: int, samplers: int) -> list[Waiting]
     return order[: max(0, samplers - sampling)]
 
 
-def place(order: Iterable[Waiting], video_id: str) -> int | None:
-    """How many get a sampler before this one; None if it does not wait. `order`: of all who do."""
-    ids = [video.video_id for video in order]
-    return ids.index(video_id) if video_id in ids else None
+def has_room(videos: int, places: int, queued: int) -> bool:
+    """Whether one more video is taken in. `videos`: that have not ended; `places`: that take turns on the samplers;
+    `queued`: that may wait until one of those ends."""
+    return videos < places + queued
 
 
 def turns_on_asking(turns: int | None, round_: int) -> int:
@@ -145,3 +148,69 @@ def forecast(
         until, video_id = heapq.heappop(ending)
         now, work = now + (until - work) / share, until
         told[video_id] = told[video_id][0], now
+
+
+class Queue:
+    """Videos that wait for a turn, and what each owner has taken. A turn is on a sampler, or inside a room."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, Waiting] = {}
+        self._turns: dict[str, dict[str, int]] = {}  # owner ▸ video ▸ taken by it, of each that may ask again
+        self._taken: dict[str, Taken] = {}  # by the owners of these videos and of those that wait
+        self._since_batch = 0  # turns since the last one of an owner with batch videos alone
+        self._places = itertools.count()  # in the order of all askings and turns
+        self.under_way = 0  # turns
+
+    def __len__(self) -> int:
+        """How many wait."""
+        return len(self._waiting)
+
+    def ask(self, video_id: str, owner: str, priority: Priority, deadline: float, again: bool = False) -> None:
+        """A video waits from now on. `deadline`: when its viewer runs out; `again`: the turn before was lost, and does
+        not count."""
+        asked = next(self._places)
+        taken = self._taken.setdefault(owner, Taken(last=asked))
+        turns = turns_on_asking(self._turns.get(owner, {}).get(video_id), taken.round_)
+        if again:
+            turns = max(0, turns - 1)
+        self._waiting[video_id] = Waiting(video_id, owner, priority, deadline, turns, asked)
+
+    def order(self, now: float) -> list[str]:
+        """Those that wait, in the order in which they get a turn. `now`: by the clock of the deadlines."""
+        return [place.video_id for place in self._order(now)]
+
+    def grant(self, samplers: int, now: float) -> list[str]:
+        """Those whose turn begins now, and lasts until `end`. `samplers`: how many turns there may be at once."""
+        if not self._waiting or self.under_way >= samplers:
+            return []
+        begun = granted(self._order(now), self.under_way, samplers)
+        for place in begun:
+            own = [other for other in self._waiting.values() if other.owner == place.owner]
+            self._since_batch = turns_since_batch(self._since_batch, own)
+            videos = self._turns.setdefault(place.owner, {})
+            new = place.video_id not in videos
+            self._taken[place.owner] = self._taken[place.owner].with_turn(place, new, next(self._places))
+            videos[place.video_id] = place.turns + 1
+            del self._waiting[place.video_id]
+            self.under_way += 1
+        return [place.video_id for place in begun]
+
+    def end(self) -> None:
+        """A turn is over."""
+        self.under_way -= 1
+
+    def leave(self, video_id: str) -> None:
+        """A video does not wait any more."""
+        del self._waiting[video_id]
+
+    def forget(self, video_id: str, owner: str) -> None:
+        """A video asks no more."""
+        videos = self._turns.get(owner, {})
+        videos.pop(video_id, None)
+        if not videos:
+            self._turns.pop(owner, None)
+            if all(place.owner != owner for place in self._waiting.values()):
+                self._taken.pop(owner, None)
+
+    def _order(self, now: float) -> list[Waiting]:
+        return in_order(self._waiting.values(), self._taken, self._since_batch, now)

@@ -262,7 +262,7 @@ def taken(samplers: int, *videos: tuple[str, int, str, Priority]) -> str:
             for each in videos:
                 tasks.create_task(take(turns, log, *each))
         await asyncio.sleep(1)
-        assert (turns.sampling, turns._waiting, turns._turns, turns._taken) == (0, {}, {}, {})
+        assert (turns.sampling, turns._queue._waiting, turns._queue._turns, turns._queue._taken) == (0, {}, {}, {})
         assert isinstance(loop, VirtualTime) and loop.timers() == []
         return "".join(log)
 
@@ -336,7 +336,7 @@ class ServedWorld(World):
         return self.director
 
     def serve(self, video_id: str) -> None:
-        owners = {each.owner for each in self.director._turns["random"]._everybody()}
+        owners = {each.owner for each in self.director._turns["random"]._queue._waiting.values()}
         self.served.append((video_id, owners | {self.videos[video_id].request.owner}))
 
     async def all_ended(self) -> None:
@@ -413,7 +413,7 @@ def test_what_is_being_rendered_counts_as_there(tmp_path: Path) -> None:
         for each in world.requests:
             await director.create(each)
         await asyncio.sleep(1.05)  # chunk 0 of the first is sampled, and not committed
-        (waits,) = director._turns["random"]._everybody()
+        (waits,) = director._turns["random"]._queue._waiting.values()
         assert (waits.video_id, waits.deadline) == (world.requests[0].id, CHUNK)
         await world.all_ended()
 

@@ -603,7 +603,7 @@ class World:
         gc.collect()  # an error that nobody heard of is told when its task is forgotten
         self.check(loop.timers() == [], f"timers are left: {loop.timers()}")
         turns = director._turns["random"]
-        left = (turns.sampling, turns._waiting, turns._turns, turns._taken, turns._look_again)
+        left = (turns.sampling, turns._queue._waiting, turns._queue._turns, turns._queue._taken, turns._look_again)
         self.check(left == (0, {}, {}, {}, None), f"turns are left: {left}")
         self.check(director._metrics._clocks == {}, "the metrics keep a video")
         self.check(director._hidden == set(), "a deletion is under way for ever")

@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 
-from deployments.scheduling import Taken, Waiting, granted, in_order, place, turns_on_asking
+from deployments.scheduling import Taken, Waiting, granted, in_order, turns_on_asking
 from deployments.turns import Turns
 from tests.deployments.virtual_time import run_in_virtual_time
 
@@ -38,8 +38,6 @@ def test_the_fewest_turns_go_first_and_whoever_asked_earlier_among_equals(turns:
     expected = [f"v{k}" for k in order]
     for given in (waiting, waiting[::-1], random.Random(1).sample(waiting, len(waiting))):
         assert [video.video_id for video in ordered(given)] == expected
-        assert [place(ordered(given), video_id) for video_id in expected] == list(range(len(given)))
-        assert place(ordered(given), "another") is None
 
 
 @pytest.mark.parametrize(
@@ -113,7 +111,12 @@ class Floor:
     def check_empty(self) -> None:
         for video_id in self.ends:
             self.turns.forget(video_id, "")
-        assert (self.turns.sampling, self.turns._waiting, self.turns._turns, self.turns._taken) == (0, {}, {}, {})
+        assert (
+            self.turns.sampling,
+            self.turns._queue._waiting,
+            self.turns._queue._turns,
+            self.turns._queue._taken,
+        ) == (0, {}, {}, {})
         assert self.turns._look_again is None
 
 
@@ -304,7 +307,12 @@ class Crowd:
                 self.samplers = self.random.randrange(1, 4)
             await asyncio.sleep(self.random.randrange(1, 9))
         assert [error for task in tasks if not task.cancelled() and (error := task.exception())] == []
-        assert (self.turns.sampling, self.turns._waiting, self.turns._turns, self.turns._taken) == (0, {}, {}, {})
+        assert (
+            self.turns.sampling,
+            self.turns._queue._waiting,
+            self.turns._queue._turns,
+            self.turns._queue._taken,
+        ) == (0, {}, {}, {})
         assert self.turns._look_again is None
         return self
 
