@@ -19,7 +19,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -59,25 +59,26 @@ class Taken:
         return Taken(last, turns_since_batch(self.since_batch, [video]), max(self.round_, video.turns + new))
 
 
-def in_order(waiting: Iterable[Waiting], taken: Mapping[str, Taken], since_batch: int, now: float) -> list[Waiting]:
+def in_order(waiting: Iterable[Waiting], taken: Mapping[str, Taken], since_batch: int, now: float) -> Iterator[Waiting]:
     """The order in which they get a sampler, if nobody else asks. `taken`: by each owner; `since_batch`: turns since
-    the last one of an owner with batch videos alone; `now`: by the clock of the deadlines."""
+    the last one of an owner with batch videos alone; `now`: by the clock of the deadlines. The first of many costs
+    little, as only its owner's videos are sorted."""
     of_owner: dict[str, list[Waiting]] = {}
     for video in waiting:
         of_owner.setdefault(video.owner, []).append(video)
-    own = {owner: deque(_own_order(videos, taken[owner].since_batch, now)) for owner, videos in of_owner.items()}
-    realtime_left = Counter(video.owner for videos in own.values() for video in videos if video.priority == "realtime")
-    owners = sorted(own, key=lambda owner: taken[owner].last)
+    realtime_left = {owner: sum(video.priority == "realtime" for video in videos) for owner, videos in of_owner.items()}
+    owners = sorted(of_owner, key=lambda owner: taken[owner].last)
     realtime = deque(owner for owner in owners if realtime_left[owner])
     batch = deque(owner for owner in owners if not realtime_left[owner])
-    order = []
+    own: dict[str, deque[Waiting]] = {}
     for owner in _sharing(realtime, batch, since_batch):
+        if owner not in own:
+            own[owner] = deque(_own_order(of_owner[owner], taken[owner].since_batch, now))
         video = own[owner].popleft()
-        order.append(video)
+        yield video
         realtime_left[owner] -= video.priority == "realtime"
         if own[owner]:  # its last turn is now the latest of all
             (realtime if realtime_left[owner] else batch).append(owner)
-    return order
 
 
 def _own_order(videos: Iterable[Waiting], since_batch: int, now: float) -> Iterator[Waiting]:
@@ -104,10 +105,10 @@ def turns_since_batch(before: int, candidates: Iterable[Waiting]) -> int:
     return 0 if all(video.priority == "batch" for video in candidates) else before + 1
 
 
-def granted(order: list[Waiting], sampling: int, samplers: int) -> list[Waiting]:
+def granted(order: Iterable[Waiting], sampling: int, samplers: int) -> list[Waiting]:
     """Those that get a sampler now. `order`: of all who wait; `sampling`: calls under way; `samplers`: replicas that
     live."""
-    return order[: max(0, samplers - sampling)]
+    return list(itertools.islice(order, max(0, samplers - sampling)))
 
 
 def has_room(videos: int, places: int, queued: int) -> bool:
@@ -165,6 +166,9 @@ class Queue:
         """How many wait."""
         return len(self._waiting)
 
+    def waits(self, video_id: str) -> bool:
+        return video_id in self._waiting
+
     def ask(self, video_id: str, owner: str, priority: Priority, deadline: float, again: bool = False) -> None:
         """A video waits from now on. `deadline`: when its viewer runs out; `again`: the turn before was lost, and does
         not count."""
@@ -212,5 +216,5 @@ class Queue:
             if all(place.owner != owner for place in self._waiting.values()):
                 self._taken.pop(owner, None)
 
-    def _order(self, now: float) -> list[Waiting]:
+    def _order(self, now: float) -> Iterator[Waiting]:
         return in_order(self._waiting.values(), self._taken, self._since_batch, now)

@@ -19,7 +19,16 @@ import pytest
 from deployments.director import Director
 from deployments.playback import Playback
 from deployments.records import Call, SampleReport, VideoRequestRecord
-from deployments.scheduling import BATCH_EVERY, Priority, Taken, Waiting, in_order, turns_on_asking, turns_since_batch
+from deployments.scheduling import (
+    BATCH_EVERY,
+    Priority,
+    Taken,
+    Waiting,
+    granted,
+    in_order,
+    turns_on_asking,
+    turns_since_batch,
+)
 from deployments.turns import Turns
 from helios_core.config import CHUNK_FRAMES
 from helios_core.spec import VideoSpec
@@ -104,7 +113,7 @@ class Line:
         self.waiting[name] = Waiting(name, owner, priority, deadline, turns, asked)
 
     def grant(self, now: float) -> Waiting:
-        first = in_order(self.waiting.values(), self.taken, self.since_batch, now)[0]
+        first = next(in_order(self.waiting.values(), self.taken, self.since_batch, now))
         own = [other for other in self.waiting.values() if other.owner == first.owner]
         self.since_batch = turns_since_batch(self.since_batch, own)
         self.taken[first.owner] = self.taken[first.owner].with_turn(
@@ -231,7 +240,7 @@ def test_deadlines_are_met_whenever_they_can_be(samplers: int) -> None:
         late, now = 0, 0
         while left:
             there = [each for each in left if comes[each.asked] <= now]
-            for each in in_order(there, {"a": Taken(last=0)}, draw.randrange(20), now)[:samplers]:
+            for each in granted(in_order(there, {"a": Taken(last=0)}, draw.randrange(20), now), 0, samplers):
                 late += each.deadline < now + 1
                 left.remove(each)
             now += 1

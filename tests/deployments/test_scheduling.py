@@ -29,7 +29,7 @@ def videos(turns: list[int]) -> list[Waiting]:
 
 
 def ordered(waiting: list[Waiting]) -> list[Waiting]:
-    return in_order(waiting, {"": Taken(last=0)}, since_batch=0, now=0.0)
+    return list(in_order(waiting, {"": Taken(last=0)}, since_batch=0, now=0.0))
 
 
 @pytest.mark.parametrize(("turns", "order"), ORDERS)
