@@ -8,6 +8,7 @@ if the verdict is that it failed.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import platform
 import subprocess
@@ -71,7 +72,7 @@ class Shape(LoadTestShape):
     until everybody is through with what they had begun, for `--stop-timeout` at most."""
 
     use_common_options = True
-    _empty_at: float | None = None
+    _empty_at = math.inf  # seconds of the run at which nobody was there any more
 
     def tick(self) -> tuple[int, float] | None:
         assert self.runner is not None
@@ -81,14 +82,14 @@ class Shape(LoadTestShape):
             return SHAPES[chosen.shape](chosen.num_users, at / chosen.run_time), chosen.spawn_rate
         # All at once: where there are several steps locust waits for one after the other.
         none = 0, float(chosen.num_users)
-        if self.get_current_user_count() and at < chosen.run_time + chosen.stop_timeout + GRACE_S:
-            return none
-        if self._empty_at is None:
+        # What a worker has comes with its reports: nobody is there, and nothing more to come, when two have said so.
+        if self.get_current_user_count():
+            self._empty_at = math.inf
+        elif self._empty_at == math.inf:
             self._empty_at = at
-        # A worker's last videos come with its next report.
-        if isinstance(self.runner, MasterRunner) and at < self._empty_at + WORKER_REPORT_INTERVAL + 1:
-            return none
-        return None
+        settle_s = 2 * WORKER_REPORT_INTERVAL if isinstance(self.runner, MasterRunner) else 0.0
+        over = at >= min(self._empty_at + settle_s, chosen.run_time + chosen.stop_timeout + GRACE_S)
+        return None if over else none
 
 
 class Books:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from cycler import cycler
 
 from load_tests.report import MEASURES, number, quantile, told
 from load_tests.service_metrics import BUSY, PARTS
@@ -23,7 +24,7 @@ Report = Mapping[str, Any]
 INK, SOFT, RED = "#1f2933", "#8a94a0", "#c0392b"
 COLOURS = ("#2f6fb2", "#d98324", "#3d8f5f", "#8e5ba6", "#b04a5a", "#5f6b76")
 SHOWN_ROLES = 6  # those that hold most
-STYLE = {
+STYLE: Any = {
     "font.size": 10,
     "font.family": "sans-serif",
     "text.color": INK,
@@ -39,7 +40,7 @@ STYLE = {
     "ytick.labelcolor": INK,
     "legend.frameon": False,
     "lines.linewidth": 1.8,
-    "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
+    "axes.prop_cycle": cycler(color=COLOURS),
     "svg.hashsalt": "helios",  # the same report, the same file
 }
 CSS = """
@@ -51,7 +52,7 @@ h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th { text-align: left; font-weight: 600; color: #5f6b76 }
 td, th { padding: .25rem 1.2rem .25rem 0; border-bottom: 1px solid #e4e8ec; vertical-align: top }
-td.n, th.n { text-align: right } td:first-child { white-space: nowrap }
+td.n, th.n { text-align: right } td { white-space: nowrap } td:nth-child(2) { white-space: normal }
 .plots { display: grid; grid-template-columns: repeat(2, 1fr); gap: 1.4rem 2rem }
 figure { margin: 0 } figcaption { font-weight: 600 } figcaption small { font-weight: 400; color: #5f6b76 }
 svg { width: 100%; height: auto }
@@ -171,7 +172,12 @@ def figure(title: str, told: str, draw: Callable[[Report, Axes], bool], report: 
 
 def legend(axes: Axes, columns: int, **more: Any) -> None:
     """Above the plot, where it hides nothing."""
-    options = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.3, "columnspacing": 1.2}
+    options: dict[str, Any] = {
+        "loc": "lower left",
+        "bbox_to_anchor": (0, 1),
+        "borderaxespad": 0.3,
+        "columnspacing": 1.2,
+    }
     axes.legend(ncols=columns, handlelength=1.2, **options, **more)
 
 

@@ -12,7 +12,7 @@ import itertools
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ class Product(HttpUser):
 
     def on_start(self) -> None:
         options: Any = self.environment.parsed_options
-        number, worker = next(self.numbers), self.environment.runner.worker_index  # type: ignore[union-attr]
+        number, worker = next(self.numbers), self.environment.runner.worker_index
         self.options = options
         self.rng = rng_of(options.seed, worker, number)
         self.lengths = itertools.cycle(options.seconds)
@@ -139,8 +139,8 @@ class Product(HttpUser):
         except Refused as refused:
             video.status, video.refused_s, self.pause_s = "refused", visit.now(), refused.retry_s
         except (Failed, BrokenFile) as error:
-            video.status, video.why, self.wanted = "lost", str(error), None
-            visit.is_failed_or_lost()
+            self.wanted = None
+            visit.broke(error)
         except GreenletExit:  # the stop timeout is over
             visit.stopped()
             raise
@@ -172,50 +172,60 @@ class Visit:
 
     @contextmanager
     def asking(self, method: str, path: str, name: str, **more: Any) -> Iterator[ResponseContextManager]:
-        """The answer, whose body has not been read. Raises Refused for a 429, Failed for any other that is no success,
-        and for a body that is cut off or broken; both are in locust's statistics under `name`, the first as a success.
-        """
-        timeout = (CONNECT_S, READ_S)
-        options = {"catch_response": True, "stream": True, "timeout": timeout, **more}
-        with self.client.request(method, path, name=f"{method} {name}", **options) as response:
-            try:
-                if response.status_code == 429:
-                    response.success()
-                    raise Refused(float(response.headers["Retry-After"]))
-                if response.error is not None:
-                    raise response.error
-                if not response.ok:
-                    raise Failed(f"{response.status_code} {response.text:.200}")
-                yield response
-                response.success()
-            except (RequestException, BrokenFile, Failed) as error:
-                response.failure(error)
-                raise Failed(f"{method} {name}: {error}") from error
-            finally:
-                if response.raw is not None:
-                    response.close()  # of a body that was not read to its end: the connection too
+        """The answer, whose body has not been read. In locust's statistics it is `name`; a 429 is no failure there.
 
-    def asked(self, method: str, path: str, name: str, **more: Any) -> dict[str, Any]:
-        """The JSON that comes of a question about an accepted video, which is repeated for a while: errors are counted
-        all the same. Raises Failed."""
-        for _ in range(TRIES):
-            try:
-                with self.asking(method, path, name, **more) as response:
-                    answer: dict[str, Any] = response.json()
-                    self.poll_s = int(response.headers.get("openai-poll-after-ms", 1000)) / 1000
-                    return answer
-            except Refused as refused:
-                gevent.sleep(refused.retry_s)
-            except Failed as error:
-                failed = error
-                gevent.sleep(TRY_AGAIN_S)
-        raise failed
+        Raises Failed if there is none, or no success, or the body is cut off or broken; Refused for a 429 to the
+        request for a video. One to a question about it is waited out.
+        """
+        options = {"catch_response": True, "stream": True, "timeout": (CONNECT_S, READ_S), **more}
+        while True:
+            with self.client.request(method, path, name=f"{method} {name}", **options) as response:
+                try:
+                    if response.status_code == 429:
+                        retry_s = float(response.headers["Retry-After"])
+                        response.success()
+                        if self.id is None:
+                            raise Refused(retry_s)
+                    else:
+                        if response.error is not None:
+                            raise response.error
+                        if not response.ok:
+                            raise Failed(f"{response.status_code} {response.text:.200}")
+                        yield response
+                        response.success()
+                        return
+                except (
+                    RequestException,
+                    BrokenFile,
+                    Failed,
+                    KeyError,
+                ) as error:  # KeyError: what is promised is not there
+                    response.failure(error)
+                    raise Failed(f"{method} {name}: {error!r:.300}") from error
+                finally:
+                    if response.raw is not None:
+                        response.close()  # of a body that was not read to its end: the connection too
+            gevent.sleep(retry_s)
+
+    def status(self) -> dict[str, Any]:
+        """How the service says that the video stands; asked again for a while, as errors are counted all the same."""
+        for _ in range(TRIES - 1):
+            with suppress(Failed):
+                return self.status_now()
+            gevent.sleep(TRY_AGAIN_S)
+        return self.status_now()
+
+    def status_now(self) -> dict[str, Any]:
+        with self.asking("GET", f"/v1/videos/{self.id}", "/v1/videos/{id}") as response:
+            status: dict[str, Any] = response.json()
+            self.poll_s = int(response.headers["openai-poll-after-ms"]) / 1000
+            return status
 
     def body(self) -> dict[str, Any]:
         options, wanted = self.user.options, self.wanted
         body = {"prompt": wanted.prompt, "seconds": wanted.seconds, "seed": wanted.seed}
-        chosen = {"model": options.model, "size": options.size, "preset": options.preset}
         body["priority"] = self.video.priority
+        chosen = {"model": options.model, "size": options.size, "preset": options.preset}
         return body | {name: value for name, value in chosen.items() if value is not None}
 
     def accepted(self, video_id: str) -> None:
@@ -225,9 +235,6 @@ class Visit:
         """A video that is made whether anybody watches or not."""
         with self.asking("POST", "/v1/videos", "/v1/videos", json=self.body()) as response:
             self.accepted(response.json()["id"])
-
-    def status(self) -> dict[str, Any]:
-        return self.asked("GET", f"/v1/videos/{self.id}", "/v1/videos/{id}")
 
     # Watching
 
@@ -272,11 +279,9 @@ class Visit:
     def ended(self, status: dict[str, Any]) -> None:
         """How the service says that the video ended. Raises Failed if that is not what was seen."""
         self.video.status = status["status"]
-        if status["status"] == "failed":
-            raise Failed(f"the video failed: {status['error']}")
-        if status["status"] not in ENDED:
-            raise Failed(f"the stream has ended, and the video is {status['status']}")
-        if status["status"] == "completed" and status["frames"] != self.reader.frames:
+        if status["status"] != "completed":
+            raise Failed(f"the stream has ended, and the video is {status['status']}; allowed: completed")
+        if status["frames"] != self.reader.frames:
             raise Failed(f"{self.reader.frames} frames came; allowed: the {status['frames']} of the video")
 
     def compare(self) -> None:
@@ -292,22 +297,26 @@ class Visit:
 
     # The end
 
-    def is_failed_or_lost(self) -> None:
-        """Of a video that did not come: `failed` if it was never accepted, or if the service says so; else `lost`."""
-        if self.id is None or (self.video.why or "").startswith("the video failed"):
+    def broke(self, error: Exception) -> None:
+        """The video did not come: `failed` if it was not accepted or the service says that it failed, else `lost`."""
+        self.video.status, self.video.why = "lost", str(error)
+        if self.id is None:
             self.video.status = "failed"
+            return
+        with suppress(Failed):
+            status = self.status_now()
+            if status["status"] == "failed":
+                self.video.status, self.video.why = "failed", str(status["error"])
 
     def stopped(self) -> None:
-        """The run is over, and the video is not: how does it stand? One that the service no longer knows is lost."""
+        """The run is over, and the video perhaps not. One that cannot be asked for any more is lost."""
         if self.id is None:
             return
-        with self.client.get(
-            f"/v1/videos/{self.id}", name="GET /v1/videos/{id}", catch_response=True, timeout=CONNECT_S
-        ) as response:
-            if response.status_code == 404:
-                self.video.status, self.video.why = "lost", "the service does not know it any more"
-            elif response.status_code == 200 and response.json()["status"] in ENDED:
-                self.video.status = response.json()["status"]
+        try:
+            status = self.status_now()["status"]
+            self.video.status = status if status in ENDED else "unfinished"
+        except Failed as error:
+            self.video.status, self.video.why = "lost", str(error)
 
 
 # What users do
@@ -396,7 +405,7 @@ def until_ended(visit: Visit) -> None:
         gevent.sleep(visit.poll_s)
     visit.video.status, visit.video.ended_s = status["status"], visit.now()
     if status["status"] == "failed":
-        raise Failed(f"the video failed: {status['error']}")
+        raise Failed("the video failed")
 
 
 KINDS: dict[str, Callable[[Visit], None]] = {

@@ -7,7 +7,7 @@ plain data, written as JSON; page.py makes a page of it.
 from __future__ import annotations
 
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -103,7 +103,7 @@ def errors(run: Run) -> float:
 
 def growth(run: Run) -> float | None:
     """The slope of a line through what all processes hold together, by least squares, in MB per minute."""
-    totals: Counter[float] = Counter()
+    totals: dict[float, float] = defaultdict(float)
     for points in run.memory.values():
         for point in points:
             totals[point["at"]] += point["rss_mb"]

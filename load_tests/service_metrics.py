@@ -7,6 +7,7 @@ whose metrics are not ours to read, is None.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -167,8 +168,10 @@ def bottleneck(looks: Sequence[Look]) -> Bottleneck:
 
 
 def waits(window: Sequence[Look]) -> bool:
-    running, samplers = mean(window, GAUGES["running"]), mean(window, GAUGES["samplers"])
-    return running is not None and samplers is not None and running > samplers
+    """Whether there were more videos than samplers for most of the time."""
+    running, samplers = GAUGES["running"], GAUGES["samplers"]
+    more = [look for look in window if look.series.get(running, 0.0) > look.series.get(samplers, math.inf)]
+    return 2 * len(more) > len(window)
 
 
 def series(looks: Sequence[Look]) -> list[dict[str, float | None]]:

@@ -129,7 +129,7 @@ def test_the_report_of_two_workers_has_the_videos_of_both(tmp_path: Path) -> Non
         arguments = options(service.url, tmp_path, 2, seed_of("watch", "poll", workers=2), "completed: 2\nlost: 0\n")
         workers = [locust("--worker", "--master-port", port) for _ in range(2)]
         master = locust(
-            "--master", "--master-bind-port", port, "--expect-workers", "2", *arguments, "--run-time", "2",
+            "--master", "--master-bind-port", port, "--expect-workers", "2", *arguments, "--run-time", "5",
             "--seconds", "1.375",
         )  # fmt: skip
         status, out = ended(master)
