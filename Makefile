@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export PROMPT ?= a red sun over a blue sea, drifting left
 
-.PHONY: demo serve test check format figures faults demo-scores fidelity demo-checkpoint manifests autoscaling
+.PHONY: demo serve test check format figures faults demo-scores fidelity demo-checkpoint manifests autoscaling load
 
 demo: $(VENV)/run.stamp  ## start the service, stream one video into video.mp4, stop
 	$(BIN)/helios demo "$$PROMPT" -o video.mp4
@@ -33,6 +33,9 @@ figures: $(VENV)/dev.stamp  ## every measured figure of the README, measured aga
 
 autoscaling: $(VENV)/dev.stamp  ## how samplers follow the demand: docs/autoscaling.png
 	$(BIN)/python -m load_tests.autoscaling
+
+load: $(VENV)/dev.stamp  ## 3 minutes of users at the demo service: build/load/report.html; ARGS="--shape ramp --users 12"
+	$(BIN)/python -m load_tests.run $(ARGS)
 
 demo-scores: $(VENV)/run.stamp  ## how often the demo model does what it is asked: the README's table of scores
 	$(BIN)/python -m helios_core.demo.evaluate

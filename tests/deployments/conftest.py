@@ -156,13 +156,14 @@ def bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @asynccontextmanager
 async def serving(
-    folder: Path, *models: str, keep_all_states: bool = False, service: str = ONE, **settings: Any
+    folder: Path, *models: str | dict[str, Any], keep_all_states: bool = False, service: str = ONE, **settings: Any
 ) -> AsyncIterator[LocalService]:
-    """A service in this process with these models, or with the stand-in alone. `service`: its name, among all on this
-    store; `settings`: others of the configuration; the Director has no patience with its store, unless
-    `store_patience_s` is among them."""
+    """A service in this process with these models, names or settings, or with the stand-in alone. `service`: its name,
+    among all on this store; `settings`: others of the configuration; the Director has no patience with its store,
+    unless `store_patience_s` is among them."""
     config = AppConfig(store=str(folder / "store"))
-    config = config.override(models=[{"model": model} for model in models or ("random",)], **settings)
+    pools = [model if isinstance(model, dict) else {"model": model} for model in models or ("random",)]
+    config = config.override(models=pools, **settings)
     store = ReadStore(config.store)
     graph = GatedGraph(config)
     patience_s = settings.get("store_patience_s", 0.0)

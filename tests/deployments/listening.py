@@ -39,7 +39,7 @@ class _Counted:
 
 
 @contextmanager
-def listening(folder: Path, *models: str, **settings: Any) -> Iterator[Listening]:
+def listening(folder: Path, *models: str | dict[str, Any], **settings: Any) -> Iterator[Listening]:
     port, requests = free_port(), Counter[tuple[str, str]]()
     ready = threading.Event()
     told: list[Listening | BaseException] = []
