@@ -40,6 +40,11 @@ class Times:
     measured: bool = False
 
     @property
+    def told(self) -> str:
+        """Whether they were measured, and where they are from."""
+        return f"{'measured' if self.measured else 'NOT MEASURED'}: {self.source}"
+
+    @property
     def first_fragment_s(self) -> float:
         """From a request for a video to its first fragment, if nothing has to wait."""
         return self.accept_s + self.text_s + self.first_turn_s + self.render_s + self.store_s + self.deliver_s
@@ -87,7 +92,7 @@ def estimated(gpu: str, steps: Sequence[int], amplified: bool) -> Times:
     if gpu not in GPUS:
         raise InvalidInput("hardware.gpu", gpu, f"one of {', '.join(GPUS)}; or hardware.times, a file of measured ones")
     known = GPUS[gpu]
-    source = f"estimates for {gpu} at 640x384, steps {','.join(map(str, steps))}: not measured"
+    source = f"estimates for {gpu} at 640x384, steps {','.join(map(str, steps))}"
     return _made(0.0, known.steps_s, known.decode_s, steps, amplified, source, measured=False)
 
 

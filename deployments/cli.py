@@ -1,6 +1,6 @@
 """The command line.
 
-`helios serve | generate | demo | videos | keys | store | config | score | bench | download | trace | openapi`
+`helios serve | generate | demo | videos | keys | store | config | plan | score | bench | download | trace | openapi`
 
 Heavy imports wait for their command.
 """
@@ -24,7 +24,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from deployments import config_cli, store_check, videos_cli
+from deployments import config_cli, plan_cli, store_check, videos_cli
 from deployments.keys import app as keys_cli
 from deployments.videos_cli import check_writable
 from helios_core.config import CHUNK_FRAMES, Approximations, HistoryRefresh
@@ -37,6 +37,7 @@ app.add_typer(videos_cli.app, name="videos")
 app.add_typer(store_check.app, name="store")
 app.add_typer(keys_cli, name="keys")
 app.add_typer(config_cli.app, name="config")
+app.command()(plan_cli.plan)
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 WORDS = "\n\n".join(f"{kind}: {', '.join(words)}" for kind, words in vocabulary().items())  # a paragraph for each

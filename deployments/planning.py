@@ -292,7 +292,7 @@ def plan(config: PlanConfig) -> Plan:
         loads=loads,
         knee=knee,
         day=Figures.of(made.seen, _busy(made)),
-        hours=_rows(made, cell.cells),
+        hours=[row for row in _rows(made, cell.cells) if row.hour < DAY_HOURS or traffic.realtime < 1],
         sampler_hours=sampler_hours * cell.cells,
         cost_per_day=cost * cell.cells,
         cost_per_minute=cost / minutes,
@@ -307,13 +307,13 @@ def _check_reachable(config: PlanConfig, times: Times) -> None:
     if most is not None and times.first_fragment_s > most:
         raise Unreachable(
             f"targets.first_fragment_p95_s is {most:g}; allowed: more than {times.first_fragment_s:.2f}, which it "
-            f"takes where nothing waits ({times.source})"
+            f"takes where nothing waits ({times.told})"
         )
     slowest = max(times.turn_s, times.render_s)
     if targets.stall_free and slowest > plays_s and config.traffic.mean_chunks > 2:
         raise Unreachable(
             f"targets.stall_free is {targets.stall_free:g}; allowed: 0, as a chunk takes {slowest:.2f} s and plays for "
-            f"{plays_s:.2f} s, however many samplers there are ({times.source})"
+            f"{plays_s:.2f} s, however many samplers there are ({times.told})"
         )
 
 
