@@ -30,6 +30,9 @@ from tests.core.media_files import write_samples
 from tests.deployments.s3 import S3Server
 from tests.deployments.test_director import GatedGraph
 
+# Ray's workers yield to everything else on the machine, by a niceness of 15: beside other work they hardly start.
+os.environ.setdefault("RAY_worker_niceness", "0")
+
 # The modules that share a service, the one that measures memory first.
 SHARING = ["test_ten_minutes", "test_service", "test_uploads"]
 MAX_UPLOAD_BYTES = 2 << 20  # of the shared service
