@@ -12,8 +12,8 @@ serve: $(VENV)/run.stamp  ## serve the demo model on port 8000 until interrupted
 	$(BIN)/helios serve
 
 test: $(VENV)/dev.stamp  ## all tests: those in one process side by side, then those that start Ray
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not ray"
-	$(BIN)/python -m pytest -m ray
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not ray"
+	$(BIN)/python -m pytest -m ray tests/deployments
 
 check: $(VENV)/dev.stamp  ## formatting, lint, types, tests
 	$(BIN)/ruff format --check .

@@ -17,12 +17,13 @@ from deployments.config import AppConfig, ConfigError, Pool, VaePool
 from deployments.graph import RENDERS_AT_ONCE, TEXTS_AT_ONCE, DirectorReplica, ModelHandles
 from deployments.ingress import Ingress
 from deployments.keys import read_keys
-from deployments.sampler import Sampler
-from deployments.text_encoder import TextEncoder
-from deployments.vae_decoder import VaeDecoder
 from helios_core.checkpoints import Checkpoint
 from helios_core.errors import HeliosError
 
+# By import path, since they bring torch: who builds the graph would wait seconds for it, and needs it for nothing else.
+TEXT_ENCODER = "deployments.text_encoder.TextEncoder"
+SAMPLER = "deployments.sampler.Sampler"
+VAE_DECODER = "deployments.vae_decoder.VaeDecoder"
 MANY = 10_000  # requests at once for those that only wait: Serve's default of 5 would queue a sixth viewer
 VIEWERS = 200  # requests at once of one ingress, where there may be several
 LONGEST_ANSWER_S = 2.0  # a Director that is to stop has nothing to finish: what it leaves goes on under the next one
@@ -41,15 +42,6 @@ def application(args: dict[str, Any]) -> Application:
         return build_app(AppConfig.parse(args, "args"))[0]
     except HeliosError as error:
         raise RayServeException(str(error)) from error
-
-
-def verify(config: AppConfig) -> None:
-    """Reads the headers of all weights that lie in folders: a broken file is then one clear message, and not several
-    replicas that fail. Raises CheckpointError."""
-    for settings in config.models:
-        checkpoint = Checkpoint.open(settings.model)
-        if checkpoint.hub_id is None:
-            checkpoint.verify()
 
 
 def build_app(config: AppConfig) -> tuple[Application, list[Pool]]:
@@ -73,14 +65,14 @@ def build_app(config: AppConfig) -> tuple[Application, list[Pool]]:
         own, source = checkpoint.card.id, checkpoint.source
         if own in encoders:
             name = _name("TextEncoder", own, encoders)
-            encoder = deploy(TextEncoder, config.text_encoder, TEXTS_AT_ONCE, name=name, environment=TENSORS)
+            encoder = deploy(TEXT_ENCODER, name, config.text_encoder, TEXTS_AT_ONCE, environment=TENSORS)
             text_encoders[own] = encoder.bind(config, source)
         if own in decoders:  # one chunk is stored while the next is decoded
             name = _name("VaeDecoder", own, decoders)
-            decoder = deploy(VaeDecoder, config.vae_decoder, RENDERS_AT_ONCE, name=name, environment=TENSORS)
+            decoder = deploy(VAE_DECODER, name, config.vae_decoder, RENDERS_AT_ONCE, environment=TENSORS)
             vae_decoders[own] = decoder.bind(config, source)
         name = _name("Sampler", own, ids)
-        sampler = deploy(Sampler, settings.sampler, at_once=1, name=name, environment=TENSORS)
+        sampler = deploy(SAMPLER, name, settings.sampler, at_once=1, environment=TENSORS)
         samplers[own] = sampler.bind(config, settings.sampler, source)
     models = {
         checkpoint.card.id: ModelHandles(
@@ -95,11 +87,12 @@ def build_app(config: AppConfig) -> tuple[Application, list[Pool]]:
     always += text_encoders.values() if config.text_encoder.min_replicas else ()
     always += vae_decoders.values() if config.vae_decoder.min_replicas else ()
     # There is one Director whatever is wanted, but only of a deployment that scales does Serve ask for figures.
-    director = deploy(DirectorReplica, config.director, at_once=MANY, name="Director", scales=config.scales).bind(
+    director = deploy(DirectorReplica, "Director", config.director, at_once=MANY, scales=config.scales).bind(
         config, models, always, secrets.token_hex(8)
     )
     ingress: Application = deploy(
         Ingress,
+        "Ingress",
         config.ingress,
         at_once=MANY,
         # Behind HAProxy this hands the socket's own `send` to the application, which then waits for a slow viewer.
@@ -125,17 +118,17 @@ def _name(kind: str, owner: str, owners: Sequence[str]) -> str:
 
 
 def deploy(
-    replica: type,
+    replica: type | str,
+    name: str,
     pool: Pool,
     at_once: int,
-    name: str | None = None,
     environment: dict[str, str] | None = None,
     drain_s: float = LONGEST_ANSWER_S,
     scales: bool = False,
 ) -> Any:
-    """`replica` as a deployment with the resources of `pool`, whose size is asked of the policy if it may differ or
-    `scales`; each of its replicas takes `at_once` calls at a time, and has `drain_s` to finish them when it is to stop,
-    one that computes the time of its longest."""
+    """`replica`, a class or its import path, as a deployment with the resources of `pool`, whose size is asked of the
+    policy if it may differ or `scales`; each of its replicas takes `at_once` calls at a time, and has `drain_s` to
+    finish them when it is to stop, one that computes the time of its longest."""
     resources: dict[str, Any] = {"num_cpus": pool.num_cpus, "num_gpus": pool.num_gpus}
     if pool.accelerator_type is not None:
         resources["accelerator_type"] = pool.accelerator_type
@@ -149,12 +142,11 @@ def deploy(
         told = {"look_back_period_s": LOOK_BACK_S, "metrics_interval_s": TELLS_EVERY_S}
         size = {"autoscaling_config": {**scaling, **told, "target_ongoing_requests": VIEWERS}}
     return serve.deployment(
-        replica,
-        name=name or replica.__name__,
+        name=name,
         max_ongoing_requests=at_once,
         ray_actor_options=resources,
         health_check_period_s=2,
         graceful_shutdown_timeout_s=pool.max_call_seconds if isinstance(pool, VaePool) else drain_s,
         graceful_shutdown_wait_loop_s=LOOK_AGAIN_S,
         **size,
-    )
+    )(replica)

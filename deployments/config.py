@@ -147,7 +147,7 @@ class AppConfig(Settings):
     # An ingress that is to stop goes on serving those who watch for so long. Then they are cut off, and may come back.
     drain_s: float = Field(2.0, ge=0)
     unwatched_s: float = Field(10.0, gt=0)  # so long a video that is made for its viewers goes on without one
-    torch_threads: int | None = Field(None, ge=1)  # None: half of the cores (helios_core.checkpoints.use_threads)
+    torch_threads: int | None = Field(None, ge=1)  # None: half of the cores (helios_core.weights.use_threads)
     max_body_bytes: int = Field(1 << 20, ge=1024)  # without uploads
     max_body_seconds: float = Field(600.0, gt=0)  # so long a body may take to come, and a tenth of it without a byte
     keep_states: Literal["last", "all"] = "last"  # all: a video can be forked at any chunk, for 5 MB a chunk

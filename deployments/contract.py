@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 from importlib.metadata import version
 from typing import Any, Literal
 
@@ -811,9 +812,9 @@ def methods_of(path: str) -> list[str]:
 
 def install_contract(app: FastAPI, config: AppConfig, cards: Sequence[ModelCard]) -> None:
     """`GET /openapi.json`; and what is not in the table is refused."""
-    document = contract(config, cards)
+    document = cache(partial(contract, config, cards))  # when it is first asked for: no start has to wait for it
     app.add_middleware(DocumentedMethods)
 
     @app.get("/openapi.json")
     async def openapi() -> JSONResponse:
-        return JSONResponse(document)
+        return JSONResponse(document())

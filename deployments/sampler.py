@@ -18,11 +18,12 @@ from deployments.records import Call, Run, SampleReport, StoredObject
 from deployments.store import Store
 from deployments.tracing import Tracer
 from deployments.watchdog import Watchdog
-from helios_core.checkpoints import Checkpoint, placement, use_threads
+from helios_core.checkpoints import Checkpoint
 from helios_core.errors import Cancelled
 from helios_core.spec import VideoSpec
 from helios_core.state import StreamState
 from helios_core.text import TextEmbeddings, blend
+from helios_core.weights import load_sampler, placement, use_threads, warm_up_sampler
 
 VERSION = version("helios-serve")
 
@@ -37,14 +38,14 @@ class Sampler:
         device, dtype = placement(pool.device, pool.dtype)
         checkpoint = Checkpoint.open(source)
         self._vae_config = checkpoint.vae
-        self._sampler = checkpoint.load_sampler(device, dtype, pool.approximations)
+        self._sampler = load_sampler(checkpoint, device, dtype, pool.approximations)
         self._device = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         self._approximations = pool.approximations.names
         self._min_chunk_seconds = pool.min_chunk_seconds
         self._store = Store(config.store, config.store_patience_s)
         self._tracer = Tracer("sampler", config.trace_file)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sampler")
-        self._thread.submit(checkpoint.warm_up_sampler, self._sampler).result()
+        self._thread.submit(warm_up_sampler, checkpoint, self._sampler).result()
         self._free = asyncio.Lock()
         self._watchdog = Watchdog(pool.max_call_seconds)
 

@@ -14,11 +14,13 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from deployments.app import build_app, verify
+from deployments.app import build_app
 from deployments.config import AppConfig, Pool
 from deployments.ray_calls import deploy
 from deployments.rendering import APP_NAME, MALLOC, environment, serve_config
 from deployments.store import Store
+from helios_core import weights
+from helios_core.checkpoints import Checkpoint
 from helios_core.errors import HeliosError
 
 logger = logging.getLogger(__name__)
@@ -83,6 +85,15 @@ def run_service(config: AppConfig) -> Iterator[str]:
                 logger.warning("the service is still stopping: %s", error)
             finally:
                 ray.shutdown()
+
+
+def verify(config: AppConfig) -> None:
+    """Reads the headers of all weights that lie in folders: a broken file is then one clear message, and not several
+    replicas that fail. Raises CheckpointError."""
+    for settings in config.models:
+        checkpoint = Checkpoint.open(settings.model)
+        if checkpoint.hub_id is None:
+            weights.verify(checkpoint)
 
 
 def _stop_director() -> None:

@@ -14,8 +14,9 @@ from deployments.records import Call, Encoded
 from deployments.store import Store
 from deployments.tracing import Tracer
 from deployments.watchdog import Watchdog
-from helios_core.checkpoints import Checkpoint, placement, use_threads
+from helios_core.checkpoints import Checkpoint
 from helios_core.text import TextEmbeddings
+from helios_core.weights import load_text_encoder, placement, use_threads
 
 
 class TextEncoder:
@@ -26,7 +27,7 @@ class TextEncoder:
         log_with_serve()
         use_threads(config.torch_threads)
         device, dtype = placement(config.text_encoder.device, config.text_encoder.dtype)
-        self._encoder = Checkpoint.open(source).load_text_encoder(device, dtype)
+        self._encoder = load_text_encoder(Checkpoint.open(source), device, dtype)
         self._store = Store(config.store, config.store_patience_s)
         self._tracer = Tracer("text_encoder", config.trace_file)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="text")

@@ -22,13 +22,14 @@ from deployments.records import Call, ChunkRecord, Rendered, SampleReport, Store
 from deployments.store import Store
 from deployments.tracing import Tracer, traceparent
 from deployments.watchdog import Watchdog
-from helios_core.checkpoints import Checkpoint, placement, use_threads
+from helios_core.checkpoints import Checkpoint
 from helios_core.conditioning import state_from_image, state_from_video
 from helios_core.media.fragments import Fragment, encode_fragment, encode_jpeg
 from helios_core.media.read import read_clip, read_image
 from helios_core.spec import IMAGE_TO_VIDEO, VideoSpec
 from helios_core.state import StreamState
 from helios_core.vae.latents import decode_chunk, to_i420
+from helios_core.weights import load_vae, placement, use_threads, warm_up_vae
 
 
 class VaeDecoder:
@@ -40,12 +41,12 @@ class VaeDecoder:
         use_threads(config.torch_threads)
         device, _ = placement(config.vae_decoder.device)
         checkpoint = Checkpoint.open(source)
-        self._vae = checkpoint.load_vae(device)
+        self._vae = load_vae(checkpoint, device)
         self._store = Store(config.store, config.store_patience_s)
         self._uploads = config.uploads.media_limits()
         self._tracer = Tracer("vae_decoder", config.trace_file)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="vae")
-        self._thread.submit(checkpoint.warm_up_vae, self._vae).result()
+        self._thread.submit(warm_up_vae, checkpoint, self._vae).result()
         self._watchdog = Watchdog(config.vae_decoder.max_call_seconds)
 
     def check_health(self) -> None:

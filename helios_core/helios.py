@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from helios_core.checkpoints import Checkpoint, placement, use_threads
+from helios_core.checkpoints import Checkpoint
 from helios_core.conditioning import state_from_image, state_from_video
 from helios_core.config import CHUNK_FRAMES, EXACT, NATIVE_FPS, Approximations
 from helios_core.errors import InvalidInput
@@ -37,6 +37,15 @@ from helios_core.state import StreamState
 from helios_core.text import TextEncoder, blend
 from helios_core.vae.latents import decode_chunk, to_i420, to_uint8
 from helios_core.vae.model import WanVae
+from helios_core.weights import (
+    load_sampler,
+    load_text_encoder,
+    load_vae,
+    placement,
+    use_threads,
+    warm_up_sampler,
+    warm_up_vae,
+)
 
 T = TypeVar("T")
 Input = str | PathLike[str] | NDArray[np.uint8]  # a file, or pixels
@@ -89,13 +98,13 @@ class Helios:
         checkpoint = Checkpoint.open(model)
         helios = cls(
             checkpoint.card,
-            checkpoint.load_text_encoder(place, precision),
-            checkpoint.load_sampler(place, precision, approximations),
-            checkpoint.load_vae(place),
+            load_text_encoder(checkpoint, place, precision),
+            load_sampler(checkpoint, place, precision, approximations),
+            load_vae(checkpoint, place),
         )
-        helios._thread.submit(checkpoint.warm_up_sampler, helios.sampler).result()
+        helios._thread.submit(warm_up_sampler, checkpoint, helios.sampler).result()
         with torch.cuda.stream(helios._decoding):
-            checkpoint.warm_up_vae(helios.vae)
+            warm_up_vae(checkpoint, helios.vae)
         return helios
 
     def stream(

@@ -16,7 +16,7 @@ from torch import Tensor
 from helios_core.config import TEXT_TOKENS
 from helios_core.errors import CheckpointError
 
-if TYPE_CHECKING:  # who imports this need not load them (checkpoints.py)
+if TYPE_CHECKING:  # who imports this need not load them (weights.py)
     from tokenizers import Tokenizer
     from transformers import UMT5EncoderModel
 

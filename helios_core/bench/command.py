@@ -22,11 +22,11 @@ from helios_core.bench.measure import Clock, ask_gpu
 from helios_core.bench.report import Report
 from helios_core.bench.sections import SECTIONS, Bench, Section
 from helios_core.bench.subject import OFFICIAL, WAYS, Model, Subject, shapes, shown
-from helios_core.checkpoints import placement, use_threads
 from helios_core.config import VaeConfig
 from helios_core.errors import InvalidInput
 from helios_core.spec import parse_steps
 from helios_core.transformer.fp8 import why_no_fp8
+from helios_core.weights import placement, use_threads
 
 PACKAGES = ("torch", "triton", "numpy", "einops", "safetensors", "diffusers", "helios-serve")
 

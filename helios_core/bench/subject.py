@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from helios_core.bench.measure import Work, count
-from helios_core.checkpoints import DEFAULT_SIZE, Checkpoint, transformer_dtype, vae_dtype
+from helios_core.checkpoints import DEFAULT_SIZE, Checkpoint
 from helios_core.config import (
     CHUNK_FRAMES,
     CHUNK_LATENTS,
@@ -45,6 +45,7 @@ from helios_core.transformer.history import history_length
 from helios_core.transformer.layers import JoinedLinear
 from helios_core.transformer.model import HeliosTransformer
 from helios_core.vae.model import WanVae
+from helios_core.weights import load_sampler, load_vae, transformer_dtype, vae_dtype
 
 SEED = 42
 PROMPT_TOKENS = 40  # rows of a prompt's embeddings that are not zero
@@ -73,9 +74,9 @@ class Model:
     def load(cls, name: str, device: torch.device, dtype: torch.dtype) -> Model:
         """A known name, a folder, or a hub id."""
         checkpoint = Checkpoint.open(name)
-        sampler = checkpoint.load_sampler(device, dtype)
+        sampler = load_sampler(checkpoint, device, dtype)
         transformer = cast(HeliosTransformer, sampler.model)
-        return cls(checkpoint.card, transformer, sampler, checkpoint.load_vae(device))
+        return cls(checkpoint.card, transformer, sampler, load_vae(checkpoint, device))
 
     @classmethod
     def random(cls, transformer: TransformerConfig, vae: VaeConfig, device: torch.device, dtype: torch.dtype) -> Model:

@@ -1,4 +1,4 @@
-"""Writes a checkpoint folder in the official layout from configs and weights; `helios_core.checkpoints` reads it."""
+"""Writes a checkpoint folder in the official layout from configs and weights; `checkpoints.py` reads it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from helios_core.config import VARIANTS, SchedulerConfig, TransformerConfig, UniPCConfig, VaeConfig, Variant
 
-if TYPE_CHECKING:  # who imports this need not load them (checkpoints.py)
+if TYPE_CHECKING:  # who imports this need not load them (weights.py)
     from tokenizers import Tokenizer
     from transformers import UMT5Config
 

@@ -3,15 +3,13 @@
     python -m helios_core.demo.stand_in FOLDER [base | mid | distilled]
 
 Their videos follow no prompt: they are coloured noise. The files are a function of the constants below alone, so that
-everybody's stand-ins are the same.
+everybody's stand-ins are the same; `checkpoints.py` keeps them in a cache.
 """
 
 from __future__ import annotations
 
 import math
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,6 @@ from helios_core.demo.layout import Weights, make_tokenizer, write_layout
 from helios_core.transformer.model import HeliosTransformer
 from helios_core.vae.model import WanVae
 
-RECIPE = 1  # raise it when the files change: old ones in a cache are then left alone
 SHARDS = 2  # the real checkpoints are sharded, so these are too
 
 TRANSFORMER = TransformerConfig(
@@ -59,22 +56,6 @@ TEXT_ENCODER: dict[str, Any] = {
 }
 
 
-def stand_in(variant: str) -> str:
-    """The folder of a variant's stand-in, made on first use (about a second) in the user's cache."""
-    folder = Path.home() / ".cache/helios-serve" / f"random-{variant}-{RECIPE}"
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(dir=folder.parent))
-        write_checkpoint(made, variant=variant)
-        try:
-            made.rename(folder)  # atomic: another process sees the whole folder or none
-        except OSError:
-            if not folder.is_dir():
-                raise
-            shutil.rmtree(made)  # another process was faster; its files are the same
-    return str(folder)
-
-
 def write_checkpoint(
     folder: Path,
     transformer: TransformerConfig = TRANSFORMER,
@@ -86,7 +67,7 @@ def write_checkpoint(
 
     Of the same shapes and seed, variants differ in the transformer's weights only, not in the text encoder's or VAE's.
     """
-    from transformers import UMT5Config, UMT5EncoderModel  # here, as in checkpoints.py
+    from transformers import UMT5Config, UMT5EncoderModel  # here, as in weights.py
 
     text_encoder = UMT5Config(**{**TEXT_ENCODER, "d_model": transformer.text_dim})
     generator = torch.Generator().manual_seed(seed)

@@ -16,7 +16,7 @@ from hatchling.builders.wheel import WheelBuilder
 from safetensors.torch import load_file, save_file
 from transformers import UMT5Config
 
-from helios_core.checkpoints import PARTS, Checkpoint, placement
+from helios_core.checkpoints import PARTS, Checkpoint
 from helios_core.config import TransformerConfig
 from helios_core.demo.layout import make_tokenizer, write_layout
 from helios_core.demo.stand_in import TEXT_ENCODER, TRANSFORMER, write_checkpoint
@@ -26,6 +26,7 @@ from helios_core.errors import CheckpointError, InvalidInput
 from helios_core.helios import Helios
 from helios_core.sampling.guidance import CFG_ZERO_STAR, CLASSIFIER_FREE
 from helios_core.sampling.solvers import few_step, unipc
+from helios_core.weights import load_sampler, load_text_encoder, placement, verify
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
@@ -149,13 +150,13 @@ def test_broken_folders_are_refused_before_weights_are_read(folder: Path, name: 
     breaks, words = BROKEN[name]
     breaks(folder)
     with pytest.raises(CheckpointError) as caught:
-        Checkpoint.open(str(folder)).verify()
+        verify(Checkpoint.open(str(folder)))
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
 def test_whole_folder_is_accepted(folder: Path) -> None:
     checkpoint = Checkpoint.open(str(folder))
-    checkpoint.verify()
+    verify(checkpoint)
     assert (checkpoint.card.id, checkpoint.card.variant.name, checkpoint.card.size_multiple) == (
         "tiny",
         "distilled",
@@ -175,7 +176,7 @@ VARIANT_PARTS = {
 def test_the_three_layouts_are_told_apart(tmp_path: Path, variant: str) -> None:
     write_checkpoint(tmp_path, variant=variant)
     checkpoint = Checkpoint.open(str(tmp_path))
-    card, sampler = checkpoint.card, checkpoint.load_sampler(CPU, torch.float32)
+    card, sampler = checkpoint.card, load_sampler(checkpoint, CPU, torch.float32)
     assert card.variant.name == variant
     parts = (card.stages, card.size_multiple, card.variant.guidance_scale, sampler.solver, sampler.guidance)
     assert parts == VARIANT_PARTS[variant]
@@ -185,7 +186,7 @@ def test_the_three_layouts_are_told_apart(tmp_path: Path, variant: str) -> None:
 @pytest.mark.parametrize("name, variant", [("random", "distilled"), ("random-base", "base"), ("random-mid", "mid")])
 def test_stand_ins_by_name(name: str, variant: str) -> None:
     checkpoint = Checkpoint.open(name)
-    checkpoint.verify()
+    verify(checkpoint)
     card = checkpoint.card
     assert (card.id, card.variant.name, card.default_size, checkpoint.source) == (name, variant, (128, 64), name)
     assert card.vocabulary is None
@@ -193,7 +194,7 @@ def test_stand_ins_by_name(name: str, variant: str) -> None:
 
 def test_the_demo_is_shipped_and_knows_its_words(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open("demo")
-    checkpoint.verify()
+    verify(checkpoint)
     card = checkpoint.card
     assert (card.id, card.variant.name, card.size_multiple, checkpoint.source) == ("demo", "distilled", 128, "demo")
     assert (card.default_size, card.vocabulary) == ((256, 128), vocabulary())
@@ -223,7 +224,7 @@ def test_weights_are_written_as_they_are_and_as_one_file(made: Path, tmp_path: P
     for part in PARTS:
         assert written[part].keys() == weights[part].keys()
         assert all(w.dtype == torch.bfloat16 and torch.equal(w, weights[part][n]) for n, w in written[part].items())
-    Checkpoint.open(str(tmp_path)).verify()
+    verify(Checkpoint.open(str(tmp_path)))
 
 
 def test_text_encoder_and_vae_are_the_same_in_all_stand_ins(made: Path, tmp_path: Path) -> None:
@@ -280,18 +281,18 @@ def test_all_zero_text_encoder_is_refused(folder: Path) -> None:
     for path in (folder / "text_encoder").glob("*.safetensors"):
         edit_weights(path, lambda w: [t.zero_() for t in w.values()])
     with pytest.raises(CheckpointError, match="all zero"):
-        Checkpoint.open(str(folder)).load_text_encoder(CPU, torch.float32)
+        load_text_encoder(Checkpoint.open(str(folder)), CPU, torch.float32)
 
 
 def test_embedding_table_is_found_under_either_name(folder: Path) -> None:
-    before = Checkpoint.open(str(folder)).load_text_encoder(CPU, torch.float32).encode("a sea")
+    before = load_text_encoder(Checkpoint.open(str(folder)), CPU, torch.float32).encode("a sea")
     index = folder / "text_encoder/model.safetensors.index.json"
     weight_map = json.loads(index.read_text())["weight_map"]
     shard = folder / "text_encoder" / weight_map["shared.weight"]
     edit_weights(shard, lambda w: w.update({"encoder.embed_tokens.weight": w.pop("shared.weight")}))
     weight_map["encoder.embed_tokens.weight"] = weight_map.pop("shared.weight")
     edit_json(index, weight_map=weight_map)
-    after = Checkpoint.open(str(folder)).load_text_encoder(CPU, torch.float32).encode("a sea")
+    after = load_text_encoder(Checkpoint.open(str(folder)), CPU, torch.float32).encode("a sea")
     assert after.digest == before.digest
 
 
@@ -303,12 +304,12 @@ def test_old_name_of_the_last_table_is_accepted(folder: Path) -> None:
     edit_weights(shard, lambda w: w.update({old: w.pop(name)}))
     weight_map[old] = weight_map.pop(name)
     edit_json(folder / INDEX, weight_map=weight_map)
-    model = Checkpoint.open(str(folder)).load_sampler(CPU, torch.float32).model
+    model = load_sampler(Checkpoint.open(str(folder)), CPU, torch.float32).model
     assert torch.equal(model.get_parameter(name), table)  # type: ignore[attr-defined]
 
 
 def test_bf16_keeps_in_fp32_what_the_reference_keeps(folder: Path) -> None:
-    model = Checkpoint.open(str(folder)).load_sampler(CPU, torch.bfloat16).model
+    model = load_sampler(Checkpoint.open(str(folder)), CPU, torch.bfloat16).model
     kept = {name for name, p in model.named_parameters() if p.dtype == torch.float32}  # type: ignore[attr-defined]
     rest = {p.dtype for name, p in model.named_parameters() if name not in kept}  # type: ignore[attr-defined]
     layers = range(TRANSFORMER.num_layers)

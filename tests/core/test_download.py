@@ -20,6 +20,7 @@ import pytest
 
 from helios_core.checkpoints import Checkpoint
 from helios_core.demo.stand_in import write_checkpoint
+from helios_core.weights import verify
 
 ROOT = Path(__file__).parents[2]
 REPO, COMMIT = "someone/Helios-Tiny", "0123456789abcdef0123456789abcdef01234567"
@@ -148,7 +149,7 @@ def test_exactly_the_needed_files_are_fetched_and_work_without_the_hub_later(hub
     assert sorted(files) == sorted(needed)  # each once
     assert files_in(folder) == needed
     assert all((folder / name).read_bytes() == (hub.folder / name).read_bytes() for name in needed)
-    Checkpoint.open(str(folder)).verify()
+    verify(Checkpoint.open(str(folder)))
 
     asked = len(hub.fetched)
     again = download(REPO, hub.url, tmp_path / "home", HF_HUB_OFFLINE="1")

@@ -17,6 +17,7 @@ from helios_core.config import EXACT, Approximations, TransformerConfig, VaeConf
 from helios_core.errors import CheckpointError
 from helios_core.memory import check_room, free_bytes, peak_bytes
 from helios_core.transformer.model import HeliosTransformer
+from helios_core.weights import _sampler_needs, load_sampler, load_text_encoder, load_vae
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 MB = 2**20
@@ -72,13 +73,13 @@ def test_what_does_not_fit_is_refused_with_the_missing_figure() -> None:
 def test_nothing_is_read_where_there_is_no_room(part: str) -> None:
     checkpoint = Checkpoint.open("random")
     load: Any = {
-        "transformer": lambda: checkpoint.load_sampler(CPU, torch.float32),
-        "VAE": lambda: checkpoint.load_vae(CPU),
-        "text encoder": lambda: checkpoint.load_text_encoder(CPU, torch.float32),
+        "transformer": lambda: load_sampler(checkpoint, CPU, torch.float32),
+        "VAE": lambda: load_vae(checkpoint, CPU),
+        "text encoder": lambda: load_text_encoder(checkpoint, CPU, torch.float32),
     }[part]
     with (
         mock.patch("helios_core.memory.free_bytes", return_value=1),
-        mock.patch("helios_core.checkpoints._fill") as fill,
+        mock.patch("helios_core.weights._fill") as fill,
     ):
         with pytest.raises(CheckpointError, match=f"the {part} needs .* GB are missing"):
             load()
@@ -93,11 +94,11 @@ def test_what_the_official_model_needs_on_a_gpu() -> None:
     with torch.device("meta"):
         model = HeliosTransformer(official.transformer)
 
-    needs = official._sampler_needs(model, GPU, torch.bfloat16, EXACT)
+    needs = _sampler_needs(official, model, GPU, torch.bfloat16, EXACT)
     assert needs["weights"] == pytest.approx(28.7e9, rel=0.01)
     assert needs["texts"] == 4 * 40 * 2 * 512 * 5120 * 2
     assert needs["history"] == 0
-    kept = official._sampler_needs(model, GPU, torch.bfloat16, Approximations(history_refresh="chunk"))
+    kept = _sampler_needs(official, model, GPU, torch.bfloat16, Approximations(history_refresh="chunk"))
     assert kept["history"] == 40 * 2 * 2400 * 5120 * 2
     # Tokens before and after a sum, keys and values of 11,040; of 8,640 twice the feed-forward's 13,824: 1.2 GB.
     assert 1.0e9 < needs["work at 640x384"] < 1.6e9

@@ -1,4 +1,7 @@
-"""Uploads: what they become, and that no upload does more than be refused. Every call here starts a real child."""
+"""Uploads: what they become, and that no upload does more than be refused. Every call here starts a real child.
+
+`MUTATIONS=200` spoils so many of them in place of 64.
+"""
 
 from __future__ import annotations
 
@@ -42,6 +45,7 @@ from tests.core.media_files import (
 )
 
 LIMITS = MediaLimits()
+MUTATIONS = int(os.environ.get("MUTATIONS", "64"))
 
 
 @pytest.fixture
@@ -600,7 +604,7 @@ def mutations(count: int) -> Iterator[bytes]:
         yield bytes(data)
 
 
-async def test_200_mutations_are_read_or_refused(tmp_path: Path) -> None:
+async def test_mutations_are_read_or_refused(tmp_path: Path) -> None:
     two = asyncio.Semaphore(2)
     read = refused = 0
 
@@ -618,8 +622,8 @@ async def test_200_mutations_are_read_or_refused(tmp_path: Path) -> None:
                 refused += 1
             assert time.monotonic() - begin < 2 * LIMITS.probe_seconds  # two calls
 
-    await asyncio.gather(*(check(i, data) for i, data in enumerate(mutations(200))))
-    assert min(read, refused) > 20  # they are neither all harmless nor all hopeless
+    await asyncio.gather(*(check(i, data) for i, data in enumerate(mutations(MUTATIONS))))
+    assert min(read, refused) > MUTATIONS / 10  # they are neither all harmless nor all hopeless
 
 
 async def test_what_a_probe_lets_through_is_still_refused(saved: Callable[[bytes], Path]) -> None:

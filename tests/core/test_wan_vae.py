@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from av.video.reformatter import ColorRange, Colorspace
 from torch import Tensor, nn
 
-from helios_core import checkpoints
+from helios_core import weights
+from helios_core.checkpoints import Checkpoint
 from helios_core.config import VaeConfig
 from helios_core.vae import norm
 from helios_core.vae.latents import LATENTS_PER_PASS, decode_chunk, denormalise, normalise, to_i420, to_uint8
@@ -223,10 +224,10 @@ def test_on_a_gpu_decoding_is_bf16_with_channels_last_and_encoding_fp32(monkeypa
         for name, parameter in model.named_parameters():
             parameter.data = torch.empty_like(parameter, dtype=dtype_of(name))
 
-    monkeypatch.setattr(checkpoints, "_fill", fill)
+    monkeypatch.setattr(weights, "_fill", fill)
     for name in ("check_room", "decode_chunk"):  # which would ask the GPU
-        monkeypatch.setattr(checkpoints, name, lambda *_: None)
-    vae = checkpoints.Checkpoint.open("demo").load_vae(torch.device("cuda"))
+        monkeypatch.setattr(weights, name, lambda *_: None)
+    vae = weights.load_vae(Checkpoint.open("demo"), torch.device("cuda"))
     for parts, dtype in (
         ((vae.encoder, vae.quant_conv), torch.float32),
         ((vae.decoder, vae.post_quant_conv), torch.bfloat16),

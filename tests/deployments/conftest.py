@@ -14,6 +14,7 @@ import pytest
 from fastapi import FastAPI
 from ray.cluster_utils import Cluster
 
+from deployments import sampler, text_encoder, vae_decoder
 from deployments.cli import free_port
 from deployments.config import AppConfig
 from deployments.director import Director
@@ -23,10 +24,14 @@ from deployments.rendering import environment
 from deployments.service import OBJECT_STORE_BYTES, run_service
 from deployments.store import ONE, Store
 from deployments.tracing import Tracer
-from helios_core.checkpoints import Checkpoint
+from helios_core.checkpoints import KNOWN_MODELS, Checkpoint
+from helios_core.sampling.chunk import ChunkSampler
 from tests.core.media_files import write_samples
 from tests.deployments.s3 import S3Server
 from tests.deployments.test_director import GatedGraph
+
+# Ray's workers yield to everything else on the machine, by a niceness of 15: beside other work they hardly start.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 # The modules that share a service, the one that measures memory first.
 SHARING = ["test_ten_minutes", "test_service", "test_uploads"]
@@ -71,6 +76,37 @@ def shared_service(tmp_path_factory: pytest.TempPathFactory, shared_ray: int) ->
     config = AppConfig(store=str(store), port=shared_ray).override(uploads={"max_bytes": MAX_UPLOAD_BYTES})
     with run_service(config.with_model("random")) as url:
         yield Served(url, store)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def weights_are_read_once() -> Iterator[None]:
+    """All services in this process share the weights of a known model, which none of them changes: to read them is half
+    of a service's start, and a thousand tests have one."""
+
+    def once(load: Callable[..., Any]) -> Callable[..., Any]:
+        loaded: dict[tuple[Any, ...], Any] = {}
+
+        def load_once(checkpoint: Checkpoint, *args: Any) -> Any:
+            if checkpoint.source not in KNOWN_MODELS:
+                return load(checkpoint, *args)
+            key = checkpoint.source, *args
+            if key not in loaded:
+                loaded[key] = load(checkpoint, *args)
+            return loaded[key]
+
+        return load_once
+
+    load = once(sampler.load_sampler)
+
+    def load_sampler(*args: Any) -> ChunkSampler:
+        one = load(*args)  # it keeps the prompts of its last videos
+        return ChunkSampler(one.model, one.scheduler, one.solver, one.guidance, one.history_refresh)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampler, "load_sampler", load_sampler)
+        patch.setattr(vae_decoder, "load_vae", once(vae_decoder.load_vae))
+        patch.setattr(text_encoder, "load_text_encoder", once(text_encoder.load_text_encoder))
+        yield
 
 
 class ReadStore(Store):

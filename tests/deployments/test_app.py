@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.serve._private.replica import _load_deployment_def_from_import_path
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ServeDeploySchema
 
-from deployments.app import application, build_app, deploy, verify
+from deployments.app import SAMPLER, TEXT_ENCODER, VAE_DECODER, application, build_app, deploy
 from deployments.config import AppConfig, ConfigError, Pool
 from deployments.rendering import serve_config
-from deployments.sampler import Sampler
+from deployments.service import verify
 from helios_core.demo.stand_in import write_checkpoint
 from helios_core.errors import CheckpointError
 
@@ -28,7 +29,7 @@ def readme_config(tmp_path: Path) -> AppConfig:
 
 
 def options(pool: Pool) -> Any:
-    return deploy(Sampler, pool, at_once=1)
+    return deploy(SAMPLER, "Sampler", pool, at_once=1)
 
 
 def test_sampler_of_the_readme_gets_an_h100_per_replica_and_is_scaled(tmp_path: Path) -> None:
@@ -54,6 +55,12 @@ def test_five_deployments_are_wired(tmp_path: Path) -> None:
     director = ingress._bound_deployment.init_args[2]
     assert director._bound_deployment.name == "Director"
     assert parts_of(director) == {"random": ("TextEncoder", "Sampler", "VaeDecoder")}
+
+
+@pytest.mark.parametrize("path", [TEXT_ENCODER, SAMPLER, VAE_DECODER])
+def test_a_replica_finds_its_class_by_the_path_that_it_is_given(path: str) -> None:
+    found = _load_deployment_def_from_import_path(path)
+    assert f"{found.__module__}.{found.__name__}" == path
 
 
 def parts_of(director: Any) -> dict[str, tuple[str, ...]]:

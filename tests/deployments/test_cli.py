@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import av
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -27,6 +28,7 @@ from helios_core.helios import Helios
 from helios_core.media.fragments import encode_fragment
 from helios_core.spec import Limits
 from tests.core.media_files import i420
+from tests.deployments.boxes import read_boxes
 
 ROOT = Path(__file__).parents[2]
 RANDOM = ["--model", "random"]
@@ -348,6 +350,27 @@ def test_generate_in_a_process_writes_what_it_writes_here(helios: Run, tmp_path:
     assert (run.returncode, run.stdout) == (0, ""), run.stderr
     assert helios(*arguments, "here.mp4")[0] == 0
     assert Path("here.mp4").read_bytes() == (tmp_path / "there.mp4").read_bytes()
+
+
+def test_memory_of_generate_does_not_grow() -> None:
+    seconds = str(41 * 33 / 24)
+    options = ["--seconds", seconds, "--preset", "realtime", "-o", "/dev/stdout"]
+    command = [sys.executable, "-m", "deployments.cli", "generate", "a sea", *RANDOM, *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        early, late = held_memory(process.stdout.read, psutil.Process(process.pid))
+    assert process.returncode == 0
+    assert late == pytest.approx(early, rel=0.05)  # kept frames alone would be 7 %
+
+
+def held_memory(read: Callable[[int], bytes], process: psutil.Process) -> tuple[int, int]:
+    """Bytes of resident memory that `process` held about the 4th and about the 40th of 41 fragments.
+
+    Each the least of five fragments, because at any one of them the process may be in the midst of the next chunk.
+    """
+    memory = [process.memory_info().rss for kind, _ in read_boxes(read) if kind == "mdat"]
+    assert len(memory) == 41
+    return min(memory[1:6]), min(memory[36:41])
 
 
 def test_generate_says_what_the_demo_model_understands(tmp_path: Path) -> None:

@@ -18,8 +18,6 @@ import pytest
 from deployments.config import AppConfig
 from deployments.service import run_service
 
-pytestmark = pytest.mark.ray
-
 README = (Path(__file__).parents[2] / "README.md").read_text()
 BLOCKS = re.findall(r"^```([a-z]*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 CURLS = [
@@ -44,6 +42,7 @@ def http(url: str) -> Iterator[httpx.Client]:
         yield client
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize("command", CURLS, ids=lambda command: command.partition("\n")[0][:80])
 def test_what_it_does_with_curl(url: str, http: httpx.Client, folder: Path, command: str) -> None:
     """One example per task, as it stands there, but for the port."""
@@ -67,6 +66,7 @@ def test_what_it_does_with_curl(url: str, http: httpx.Client, folder: Path, comm
         http.delete(f"/v1/videos/{answer['id']}")
 
 
+@pytest.mark.ray
 def test_what_it_does_in_python(url: str, folder: Path) -> None:
     blocks = [block for kind, block in BLOCKS if kind == "python"]
     assert len(blocks) == 2
