@@ -26,7 +26,7 @@ from helios_core.errors import HeliosError
 DAY_HOURS = 24
 DIRECTOR_BUSY = 0.6  # the share of one core that a Director may need: its loop must answer while it works
 WINDOW_S = 1800.0  # of the busiest hour, which a fleet is judged by
-LOADS = (0.4, 0.6, 0.8, 0.9, 1.0, 1.1, 1.2, 1.4, 1.6)  # of the planned traffic, to find the knee
+LOADS = (0.5, 0.7, 0.85, 1.0, 1.1, 1.2, 1.35, 1.5)  # of the planned traffic, to find the knee
 MOST_SAMPLERS = 512  # of one cell
 
 
@@ -264,12 +264,13 @@ def plan(config: PlanConfig) -> Plan:
     loads: dict[float, Figures] = {}
     knee = None
     for load in LOADS:
-        loads[load] = cell.busiest(fleet, load)
+        loads[load] = cell.figures(fleet, load)
         if not loads[load].missed(config.targets):
             knee = load
         elif load > 1:
             break  # more would only fill the queue
     made = cell.day(replace(fleet, samplers=min(config.least, samplers)) if config.autoscale else fleet)
+    day = Figures.of(made.seen, _busy(made))
     sampler_hours = sum(hour.samplers_s for hour in made.hours.values()) / HOUR_S
     if not config.autoscale:
         sampler_hours = samplers * DAY_HOURS  # and not to the end of the last video
@@ -291,7 +292,7 @@ def plan(config: PlanConfig) -> Plan:
         peak=loads[1.0],
         loads=loads,
         knee=knee,
-        day=Figures.of(made.seen, _busy(made)),
+        day=day,
         hours=[row for row in _rows(made, cell.cells) if row.hour < DAY_HOURS or traffic.realtime < 1],
         sampler_hours=sampler_hours * cell.cells,
         cost_per_day=cost * cell.cells,
@@ -345,12 +346,10 @@ class _Cell:
 
     def fewest(self) -> int:
         """The fewest samplers with which the targets are met. Raises Unreachable."""
-        traffic = self._config.traffic
-        work = self.chunks * traffic.realtime + self._mean_chunks * (1 - traffic.realtime)
-        too_few = math.ceil(work * self._times.turn_s) - 1  # would fall behind for ever
-        enough = max(1, round(too_few * 1.25))
+        enough = self._least()
+        too_few = enough - 1
         while missed := self._missed(enough):
-            too_few, enough = enough, math.ceil(enough * 1.5)
+            too_few, enough = enough, math.ceil(1.15 * enough + 0.5)
             if enough > MOST_SAMPLERS:
                 raise Unreachable(f"{too_few} samplers miss {', '.join(missed)}; allowed: {MOST_SAMPLERS} in a cell")
         while enough - too_few > 1:
@@ -358,16 +357,36 @@ class _Cell:
             too_few, enough = (middle, enough) if self._missed(middle) else (too_few, middle)
         return enough
 
+    def _least(self) -> int:
+        """Fewer could not do the work: what is watched as it comes, and what 95 % of batch asks for between any two
+        hours until that is due."""
+        traffic, times = self._config.traffic, self._times
+        watched = self.chunks * traffic.realtime * times.turn_s
+        due_s = self._config.targets.batch_p95_s
+        if due_s is None:
+            return max(1, math.ceil(watched))
+        a_video = traffic.mean_chunks * times.turn_s * 0.95 * (1 - traffic.realtime) / self.cells
+        hours = range(DAY_HOURS + 1)
+        spans = [(sum(traffic.by_hour[a:b]), (b - a) * HOUR_S + due_s) for a in hours for b in hours if a < b]
+        return max(1, math.ceil(max(watched, *(videos * a_video / seconds for videos, seconds in spans))))
+
     def _missed(self, samplers: int) -> list[str]:
+        """The targets that so many samplers miss."""
         config, fleet = self._config, self.fleet(samplers)
-        missed = self.busiest(fleet).missed(config.targets)
-        if not missed and config.traffic.realtime < 1:
-            day = self.day(fleet)
-            missed = Figures.of(day.seen, _busy(day)).missed(config.targets)
+        missed = self.figures(fleet).missed(config.targets)
+        if not missed and 0 < config.traffic.realtime < 1:
+            missed = self._figures_of_day(fleet).missed(config.targets)
         return missed
 
-    def busiest(self, fleet: Fleet, load: float = 1.0) -> Figures:
-        """The busiest minutes, at so many times the traffic."""
+    def figures(self, fleet: Fleet, load: float = 1.0) -> Figures:
+        """At so many times the traffic: in the busiest minutes, or over the day if nobody watches."""
+        return self._busiest(fleet, load) if self._config.traffic.realtime else self._figures_of_day(fleet, load)
+
+    def _figures_of_day(self, fleet: Fleet, load: float = 1.0) -> Figures:
+        day = self.day(fleet, load)
+        return Figures.of(day.seen, _busy(day))
+
+    def _busiest(self, fleet: Fleet, load: float) -> Figures:
         config, traffic = self._config, self._config.traffic
         warm_s = max(300.0, 2 * traffic.mean_seconds)
         end_s = warm_s + WINDOW_S
@@ -378,12 +397,11 @@ class _Cell:
         judged = [each for each in outcome.seen if warm_s <= each.asked.at < end_s - late_s]
         return Figures.of(judged, _busy(outcome))
 
-    def day(self, fleet: Fleet) -> Outcome:
+    def day(self, fleet: Fleet, load: float = 1.0) -> Outcome:
+        """24 hours, and until the last video has ended."""
         traffic = self._config.traffic
-        rates = traffic.by_hour
-        return self._simulate(
-            traffic.asked(lambda hour: rates[hour] / self.cells, DAY_HOURS, self._config.seed), fleet, None
-        )
+        rates = [rate * load / self.cells for rate in traffic.by_hour]
+        return self._simulate(traffic.asked(rates.__getitem__, DAY_HOURS, self._config.seed), fleet, None)
 
     def _simulate(self, asked: Iterator[Asked], fleet: Fleet, until: float | None) -> Outcome:
         config = self._config

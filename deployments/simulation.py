@@ -22,7 +22,7 @@ from deployments.scheduling import Priority
 from helios_core.config import CHUNK_FRAMES
 
 HOUR_S = 3600.0
-AGAIN_S = 30.0  # after so long a batch video that was refused is asked for again
+AGAIN_S = 60.0  # after so long a batch video that was refused is asked for again
 
 Status = Literal["completed", "refused", "left", "unfinished"]
 

@@ -22,7 +22,7 @@ torch_threads: 1
 models: [{{model: demo, sampler: {{min_replicas: {0}, max_replicas: {0}, min_chunk_seconds: 1.0}}}}]
 """
 # Small pictures, so that two cores have little to do and what takes time is what is paced.
-VIDEOS = ["--size", "128x64", "--preset", "realtime", "--seconds", "2.75,5.5,11"]
+VIDEOS = ["--size", "128x128", "--preset", "realtime", "--seconds", "2.75,5.5,11"]
 ALONE = ["--users", "1", "--run-time", "60s", "--think", "2"]
 FIGURES = {
     "burst": ("seconds of video made a second",),
