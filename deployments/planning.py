@@ -123,7 +123,7 @@ class Targets(Settings):
     first_fragment_p95_s: float | None = Field(5.0, gt=0)
     stall_free: float | None = Field(0.95, ge=0, le=1)
     refused: float = Field(0.01, ge=0, le=1)
-    batch_p95_s: float | None = Field(None, gt=0)
+    batch_p95_s: float | None = Field(86_400.0, gt=0)
 
 
 class Hardware(Settings):

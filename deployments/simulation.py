@@ -201,9 +201,9 @@ class _Service:
                 since, direction = self.now, heading
             delay = fleet.upscale_delay_s if heading > 0 else fleet.downscale_delay_s
             if heading and self.now - since >= delay:
-                for _ in range(wanted - self._wanted):
+                more, self._wanted, direction = wanted - self._wanted, wanted, 0
+                for _ in range(more):
                     self.after(fleet.start_s, self._started)
-                self._wanted, direction = wanted, 0
                 self._samplers = min(self._samplers, wanted)
             self.hour.samplers_s += self._wanted
             yield self._env.timeout(1.0)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from load_tests.figures import running_service
+from load_tests.figures import running_service, stream
 
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 STEADY = ["--users", "4", "--spawn-rate", "1", "--run-time", "3m", "--preset", "realtime"]
@@ -22,6 +22,7 @@ def main() -> int:
     parser.add_argument("--service", type=Path)
     chosen, arguments = parser.parse_known_args()
     with running_service("{}" if chosen.service is None else chosen.service.read_text()) as (url, _, _):
+        stream(url, chunks=1)  # the service says that it is ready before its replicas are
         # What stands last counts.
         options = ["--headless", "--only-summary", "--host", url, *STEADY, *arguments]
         return subprocess.run([sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), *options]).returncode
