@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export PROMPT ?= a red sun over a blue sea, drifting left
 
-.PHONY: demo serve test check format figures faults demo-scores fidelity demo-checkpoint manifests autoscaling load
+.PHONY: demo serve test check format figures faults demo-scores fidelity demo-checkpoint manifests autoscaling load plan-check
 
 demo: $(VENV)/run.stamp  ## start the service, stream one video into video.mp4, stop
 	$(BIN)/helios demo "$$PROMPT" -o video.mp4
@@ -30,6 +30,9 @@ faults: $(VENV)/dev.stamp  ## every kill, ten seeded trials each
 
 figures: $(VENV)/dev.stamp  ## every measured figure of the README, measured again
 	$(BIN)/python -m load_tests.figures
+
+plan-check: $(VENV)/dev.stamp  ## what helios plan says of a paced demo service, beside what load tests find; 12 minutes
+	$(BIN)/python -m load_tests.against_plan
 
 autoscaling: $(VENV)/dev.stamp  ## how samplers follow the demand: docs/autoscaling.png
 	$(BIN)/python -m load_tests.autoscaling

@@ -13,6 +13,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.exceptions import RayServeException
 
+from deployments.autoscaling import VIEWERS
 from deployments.config import AppConfig, ConfigError, Pool, VaePool
 from deployments.graph import RENDERS_AT_ONCE, TEXTS_AT_ONCE, DirectorReplica, ModelHandles
 from deployments.ingress import Ingress
@@ -25,7 +26,6 @@ TEXT_ENCODER = "deployments.text_encoder.TextEncoder"
 SAMPLER = "deployments.sampler.Sampler"
 VAE_DECODER = "deployments.vae_decoder.VaeDecoder"
 MANY = 10_000  # requests at once for those that only wait: Serve's default of 5 would queue a sixth viewer
-VIEWERS = 200  # requests at once of one ingress, where there may be several
 LONGEST_ANSWER_S = 2.0  # a Director that is to stop has nothing to finish: what it leaves goes on under the next one
 LOOK_AGAIN_S = 0.5  # between two looks whether a replica that is to stop has finished, in place of Serve's 2
 LOOK_BACK_S = 30.0  # so much of what the Director told does the policy see

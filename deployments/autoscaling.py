@@ -18,6 +18,7 @@ from typing import Any
 
 RECENT_S = 5.0  # over so long what is wanted now is averaged: some chunks, between two of which a video wants none
 UNMET = 0.1  # of a replica: so little may be wanted without one more
+VIEWERS = 200  # requests at once of one ingress, where there may be several
 BUSY = 0.8  # the share of its time that a replica which serves all videos is to be at work
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ class Times:
     `render_s`: it holds a VAE decoder; `store_s`: from there to its commit; `text_s`: a prompt holds a text encoder;
     `media_s`: an image or video input holds a VAE decoder; `accept_s`: from a request to its acceptance; `deliver_s`:
     from a commit to the viewer; `director_s`, `ingress_s`: processor time of those for each chunk.
-    `source`: where they are from; `measured`: none of them is an estimate.
+    `source`: where they are from; `estimated`: the names of those that nobody measured.
     """
 
     turn_s: float
@@ -37,12 +37,19 @@ class Times:
     director_s: float = 0.0
     ingress_s: float = 0.0
     source: str = ""
-    measured: bool = False
+    estimated: tuple[str, ...] = ()
+
+    @property
+    def mark(self) -> str:
+        """Whether they were measured."""
+        if "turn_s" in self.estimated:
+            return "NOT MEASURED"
+        return f"measured, but NOT {', '.join(self.estimated)}" if self.estimated else "measured"
 
     @property
     def told(self) -> str:
         """Whether they were measured, and where they are from."""
-        return f"{'measured' if self.measured else 'NOT MEASURED'}: {self.source}"
+        return f"{self.mark}: {self.source}"
 
     @property
     def first_fragment_s(self) -> float:
@@ -71,7 +78,8 @@ GPUS: Mapping[str, Gpu] = {
     "l40s": Gpu((0.370, 0.642, 1.959), 0.66, 1.0),
     "4090-fp8": Gpu((0.258, 0.447, 1.365), 0.57, 0.5),
 }
-# What the service adds on any hardware, and what only a guess is known of on a GPU (text, media).
+# What the service adds to a chunk's own work. What it was on a laptop is in docs/capacity.md; on a GPU's machine it was
+# not measured, and of `text_s` and `media_s` there, of UMT5-XXL and the VAE's encoder, only a guess is known.
 SERVICE = Times(
     turn_s=0.02,
     first_turn_s=0.02,
@@ -93,7 +101,8 @@ def estimated(gpu: str, steps: Sequence[int], amplified: bool) -> Times:
         raise InvalidInput("hardware.gpu", gpu, f"one of {', '.join(GPUS)}; or hardware.times, a file of measured ones")
     known = GPUS[gpu]
     source = f"estimates for {gpu} at 640x384, steps {','.join(map(str, steps))}"
-    return _made(0.0, known.steps_s, known.decode_s, steps, amplified, source, measured=False)
+    every = tuple(each.name for each in fields(Times) if each.name.endswith("_s"))
+    return _made(0.0, known.steps_s, known.decode_s, steps, amplified, source, every)
 
 
 def read_times(path: Path, steps: Sequence[int], amplified: bool) -> Times:
@@ -119,21 +128,19 @@ def of_report(times: Mapping[str, float | None], source: str) -> Times:
             raise InvalidInput("hardware.times", source, f"a load report with {name}: of a run that committed chunks")
         return value
 
-    turn_s = given("turn_s")
-    return Times(
-        turn_s=turn_s,
-        first_turn_s=times.get("first_turn_s") or turn_s,
-        render_s=given("decode_s") + given("encode_s"),
-        store_s=given("store_s") + given("commit_s"),
-        text_s=given("text_s"),
-        media_s=times.get("media_s") or 0.0,
-        accept_s=given("accept_s"),
-        deliver_s=times.get("deliver_s") or 0.0,
-        director_s=given("director_s"),
-        ingress_s=times.get("ingress_s") or 0.0,
-        source=source,
-        measured=True,
-    )
+    measured = {
+        "turn_s": given("turn_s"),
+        "first_turn_s": given("first_turn_s"),
+        "render_s": given("decode_s") + given("encode_s"),
+        "store_s": given("store_s") + given("commit_s"),
+        "text_s": given("text_s"),
+        "accept_s": given("accept_s"),
+        "director_s": given("director_s"),
+    }
+    also = {name: times.get(name) for name in ("media_s", "deliver_s", "ingress_s")}
+    estimated = tuple(name for name, value in also.items() if value is None)
+    measured |= {name: value for name, value in also.items() if value is not None}
+    return replace(SERVICE, **measured, source=source, estimated=estimated)
 
 
 def _of_bench(document: Mapping[str, Any], steps: Sequence[int], amplified: bool, source: str) -> Times:
@@ -148,8 +155,9 @@ def _of_bench(document: Mapping[str, Any], steps: Sequence[int], amplified: bool
     stages = [median("stages", rf"a step of stage {stage},") for stage in range(1, len(steps) + 1)]
     begin, decode = median("begin", "begin_chunk"), median("vae", "a chunk decoded")
     of = document.get("header", {}).get("hardware", "some machine")
-    told = f"{source} ({of}), steps {','.join(map(str, steps))}; what the service adds: estimated"
-    return _made(begin, stages, decode, steps, amplified, told, measured=True)
+    told = f"{source} ({of}), steps {','.join(map(str, steps))}"
+    others = ("store_s", "text_s", "media_s", "accept_s", "deliver_s", "director_s", "ingress_s")
+    return _made(begin, stages, decode, steps, amplified, told, others)
 
 
 def _made(
@@ -159,7 +167,7 @@ def _made(
     steps: Sequence[int],
     amplified: bool,
     source: str,
-    measured: bool,
+    estimated: tuple[str, ...],
 ) -> Times:
     if len(steps) != len(steps_s):
         raise InvalidInput("hardware.steps", ",".join(map(str, steps)), f"{len(steps_s)} numbers, one for each stage")
@@ -170,5 +178,5 @@ def _made(
         first_turn_s=begin_s + sampled * (2 if amplified else 1) + SERVICE.turn_s,
         render_s=decode_s + SERVICE.render_s,
         source=source,
-        measured=measured,
+        estimated=estimated,
     )

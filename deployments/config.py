@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import pydantic
 import yaml
@@ -23,7 +23,20 @@ class ConfigError(HeliosError):
 
 
 class Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    @classmethod
+    def parse(cls, data: object, source: str) -> Self:
+        """The settings in plain data, as YAML or JSON has it. `source`: for the message. Raises ConfigError."""
+        try:
+            # As JSON, where a mapping may become a dataclass although types are strict.
+            return cls.model_validate_json(json.dumps(data, default=str))
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(str(part) for part in first["loc"]) or "the whole"
+            raise ConfigError(f"{source}: {name} is {first['input']!r:.200}: {first['msg']}") from None
+        except (TypeError, ValueError) as error:  # a date as a key, or a mapping that holds itself
+            raise ConfigError(f"{source}: not plain settings: {error}") from None
 
 
 class Pool(Settings):
@@ -233,16 +246,3 @@ class AppConfig(Settings):
         except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or the date 2026-13-01
             raise ConfigError(f"{path}: not readable as YAML: {error}") from None
         return cls.parse({} if data is None else data, str(path))
-
-    @classmethod
-    def parse(cls, data: object, source: str) -> AppConfig:
-        """The configuration in plain data, as YAML or JSON has it. `source`: for the message. Raises ConfigError."""
-        try:
-            # As JSON, where a mapping may become a dataclass although types are strict.
-            return cls.model_validate_json(json.dumps(data, default=str))
-        except pydantic.ValidationError as error:
-            first = error.errors()[0]
-            name = ".".join(str(part) for part in first["loc"]) or "the whole"
-            raise ConfigError(f"{source}: {name} is {first['input']!r:.200}: {first['msg']}") from None
-        except (TypeError, ValueError) as error:  # a date as a key, or a mapping that holds itself
-            raise ConfigError(f"{source}: not plain settings: {error}") from None

@@ -18,6 +18,7 @@ from deployments.making import Ref, ReplicaLost
 from deployments.ray_calls import call, call_by_reference, call_to_its_end, cluster_id, live_replicas, until_live
 from deployments.records import (
     Call,
+    Encoded,
     News,
     Page,
     Rendered,
@@ -103,21 +104,21 @@ class ServeGraph:
             told |= {f"{name}/calls": load.calls / load.at_once, f"{name}/work": load.seconds}
         return told
 
-    async def encode(self, call: Call, model: str, prompt: str) -> tuple[Ref, StoredObject]:
+    async def encode(self, call: Call, model: str, prompt: str) -> tuple[Ref, Encoded]:
         handle = self._models[model].text_encoder
         load = self._loads[handle.deployment_name]
         with load.call():
             text, encoded = await call_by_reference(handle, "encode", call, prompt, to_its_end=True)
         load.seconds += encoded.seconds
-        return text, encoded.stored
+        return text, encoded
 
-    async def encode_media(self, call: Call, spec: VideoSpec, media: StoredObject) -> Ref:
+    async def encode_media(self, call: Call, spec: VideoSpec, media: StoredObject) -> tuple[Ref, float]:
         handle = self._models[spec.model].vae_decoder
         load = self._loads[handle.deployment_name]
         with load.call():
             state, seconds = await call_by_reference(handle, "encode_media", call, spec, media)
         load.seconds += seconds
-        return state
+        return state, seconds
 
     async def sample(
         self, call: Call, spec: VideoSpec, index: int, weights: tuple[float, ...], state: Ref | None, *texts: Ref

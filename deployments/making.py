@@ -25,6 +25,7 @@ from deployments.metrics import Metrics
 from deployments.playback import Playback
 from deployments.records import (
     Call,
+    Encoded,
     Rendered,
     Run,
     SampleReport,
@@ -90,12 +91,13 @@ class Graph(Protocol):
         """How many replicas of all models' text_encoder, sampler or vae_decoder can take calls now."""
         ...
 
-    async def encode(self, call: Call, model: str, prompt: str) -> tuple[Ref, StoredObject]:
+    async def encode(self, call: Call, model: str, prompt: str) -> tuple[Ref, Encoded]:
         """The prompt's TextEmbeddings, by reference and as they were stored."""
         ...
 
-    async def encode_media(self, call: Call, spec: VideoSpec, media: StoredObject) -> Ref:
-        """The StreamState before chunk 0 of a video from an uploaded image or video, by reference."""
+    async def encode_media(self, call: Call, spec: VideoSpec, media: StoredObject) -> tuple[Ref, float]:
+        """The StreamState before chunk 0 of a video from an uploaded image or video, by reference, and the seconds that
+        it took its replica."""
         ...
 
     async def sample(
@@ -315,9 +317,10 @@ class Maker:
 
         async def attempt(number: int) -> Ref:
             call = video.call(number)
-            timed = self._metrics.timed("helios_media_encode_seconds")
-            with self._losses(video, "vae_decoder", "encode input", call), timed:
-                return await self._graph.encode_media(call, record.spec, media)
+            with self._losses(video, "vae_decoder", "encode input", call):
+                state, seconds = await self._graph.encode_media(call, record.spec, media)
+            self._metrics.encoded_media(seconds)
+            return state
 
         return await self._retried(video, 0, attempt), 0
 
@@ -326,10 +329,10 @@ class Maker:
         if prompt in video.texts:
             return
         call = video.call(number)
-        timed = self._metrics.timed("helios_text_encode_seconds")
-        with self._losses(video, "text_encoder", "encode prompt", call), timed:
-            text, stored = await self._graph.encode(call, video.request.spec.model, prompt)
-            video.texts[prompt], video.stored_texts[prompt] = text, stored
+        with self._losses(video, "text_encoder", "encode prompt", call):
+            text, encoded = await self._graph.encode(call, video.request.spec.model, prompt)
+        self._metrics.encoded_text(encoded.seconds)
+        video.texts[prompt], video.stored_texts[prompt] = text, encoded.stored
 
     async def change_prompt(self, video: RunningVideo, prompt: str, transition_chunks: int) -> PromptChange:
         """Commits a change of the prompt with the next chunk whose texts are not fixed yet. Raises NotPossible, or
@@ -402,7 +405,8 @@ class Maker:
                         continue  # paused since it asked: another video may have the turn
                     mix = dict(video.record.spec.mix_of_chunk(index))
                     texts = [video.texts[prompt] for prompt in [*mix, *negative]]
-                    with self._losses(video, "sampler", "sample", call), self._metrics.timed("helios_turn_seconds"):
+                    timed = self._metrics.timed("helios_turn_seconds" if index else "helios_first_turn_seconds")
+                    with self._losses(video, "sampler", "sample", call), timed:
                         return await self._graph.sample(call, spec, index, tuple(mix.values()), state, *texts)
 
         return await self._retried(video, index, attempt)

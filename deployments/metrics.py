@@ -90,13 +90,19 @@ METRICS: tuple[Metric, ...] = (
         buckets=SECONDS,
     ),
     Metric(
-        "helios_turn_seconds",
+        "helios_first_turn_seconds",
         "histogram",
-        "Seconds that a video held a sampler, once per turn that made its chunk.",
+        "Seconds that a video held a sampler for its first chunk, which may take more steps.",
         buckets=SECONDS,
     ),
-    Metric("helios_text_encode_seconds", "histogram", "Seconds of a call that encodes one prompt.", buckets=SECONDS),
-    Metric("helios_media_encode_seconds", "histogram", "Seconds of a call that encodes one input.", buckets=SECONDS),
+    Metric(
+        "helios_turn_seconds",
+        "histogram",
+        "Seconds that a video held a sampler for each of its other chunks.",
+        buckets=SECONDS,
+    ),
+    Metric("helios_text_encode_seconds", "histogram", "Seconds of encoding one prompt.", buckets=SECONDS),
+    Metric("helios_media_encode_seconds", "histogram", "Seconds of encoding one input.", buckets=SECONDS),
     Metric("helios_sample_seconds", "histogram", "Seconds of sampling one chunk.", buckets=SECONDS),
     Metric("helios_decode_seconds", "histogram", "Seconds of decoding one chunk's latents.", buckets=SECONDS),
     Metric("helios_encode_seconds", "histogram", "Seconds of encoding one chunk's fragment.", buckets=SECONDS),
@@ -201,6 +207,14 @@ class Metrics:
         began = time.perf_counter()
         yield
         self._observe(name, time.perf_counter() - began)
+
+    def encoded_text(self, seconds: float) -> None:
+        """A prompt was encoded, which took its replica so long."""
+        self._observe("helios_text_encode_seconds", seconds)
+
+    def encoded_media(self, seconds: float) -> None:
+        """An input was encoded, which took its replica so long."""
+        self._observe("helios_media_encode_seconds", seconds)
 
     def waited(self, seconds: float) -> None:
         """A video got a sampler, this long after it had asked for one."""

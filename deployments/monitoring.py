@@ -403,7 +403,11 @@ def video() -> Rows:
         "store": "helios_store_seconds",
         "commit": "helios_commit_seconds",
     }
-    calls = {"a turn on a sampler": "helios_turn_seconds", "a prompt's encoding": "helios_text_encode_seconds"}
+    beside = {
+        "a turn for a first chunk": "helios_first_turn_seconds",
+        "a turn for another chunk": "helios_turn_seconds",
+        "a prompt's encoding": "helios_text_encode_seconds",
+    }
     a_chunk = {part: f"{busy(name)} / {per_second('helios_chunks_committed_total')}" for part, name in parts.items()}
     whole = {
         "first fragment": "helios_time_to_first_fragment_seconds",
@@ -421,10 +425,10 @@ def video() -> Rows:
         ],
         "As its viewers see it": panels(whole),
         "Parts of a chunk": panels(parts),
-        "Calls as the Director sees them": [
-            *panels(calls),
+        "Turns, prompts and inputs": [
+            *panels(beside),
             # Of few videos: quantiles of none at all would be none.
-            Panel("Calls that encode an input, mean", "none", {"calls": busy("helios_media_encode_seconds")}),
+            Panel("Replicas that encode an input, mean", "none", {"inputs": busy("helios_media_encode_seconds")}),
         ],
     }
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
+import shlex
+import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +29,7 @@ def plan(
     ] = None,
     what_if: Annotated[
         list[str] | None,
-        typer.Option(help='another plan to compare with: "hardware.gpu=h200 hardware.steps=[2,2,2]"'),
+        typer.Option(help='another plan to compare with: "hardware.gpu=h200 hardware.preset=quality"'),
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="PNG of the day and of the knee")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="all of it, for programs")] = None,
@@ -47,12 +51,14 @@ def plan(
 
     source = str(file or "the command line")
     data = _overridden(_read(file) if file else {}, settings or [])
-    named = {"as asked": data} | {each: _overridden(data, each.split()) for each in what_if or []}
+    named = {"as asked": data} | {each: _overridden(data, shlex.split(each)) for each in what_if or []}
+    began = time.perf_counter()
     configs = [PlanConfig.parse(each, source if name == "as asked" else name) for name, each in named.items()]
     with ProcessPoolExecutor() as pool:
         plans = dict(zip(named, pool.map(planned, configs), strict=True))
     first = plans["as asked"]
     _tell(first)
+    console.print(f"planned in {time.perf_counter() - began:.0f} s", style="dim")
     if what_if:
         _compare(plans)
     if plot is not None:
@@ -72,7 +78,7 @@ def _read(file: Path) -> Any:
 
 def _overridden(data: Any, settings: list[str]) -> Any:
     """A copy of `data` in which each SETTING=VALUE, whose name is a path with dots and whose value is YAML, holds."""
-    data = json.loads(json.dumps(data))
+    data = copy.deepcopy(data)
     for setting in settings:
         name, equals, value = setting.partition("=")
         *path, last = name.split(".")
@@ -83,7 +89,10 @@ def _overridden(data: Any, settings: list[str]) -> Any:
             inner = inner.setdefault(part, {}) if isinstance(inner, dict) else None
         if not isinstance(inner, dict):
             raise InvalidInput("--set", setting, f"a setting inside {'.'.join(path)}")
-        inner[last] = yaml.safe_load(value)
+        try:
+            inner[last] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InvalidInput("--set", setting, f"a VALUE in YAML ({error})") from None
     return data
 
 
@@ -95,22 +104,33 @@ def _tell(plan: Any) -> None:
         f"{traffic.peak / 3600 * traffic.mean_seconds:,.0f} at a time if none waits; {plan.cells} cell(s)",
         markup=False,
     )
-    console.print(f"times: {plan.times.told}", style="" if plan.times.measured else "bold yellow", markup=False)
+    console.print(f"times: {plan.times.told}", style="bold yellow" if plan.times.estimated else "", markup=False)
+    if plan.config.hardware.price is None:
+        console.print("prices: examples; hardware.price is yours", style="bold yellow")
     replicas = Table("part", "replicas", "of a cell", "dollars an hour")
     for part, count in plan.replicas.items():
         replicas.add_row(part, f"{count:,}", f"{count // plan.cells}", f"{count * prices[part]:,.2f}")
-    figures = Table("in the busiest minutes", "target", "simulated", "")
-    missed = found.missed(targets)
-    for name, sign in (("first_fragment_p95_s", "at most"), ("stall_free", "at least"), ("refused", "at most")):
-        figures.add_row(name, f"{sign} {getattr(targets, name)}", _short(getattr(found, name)), _met(name in missed))
-    if plan.config.traffic.realtime < 1:
-        late = "batch_p95_s" in plan.day.missed(targets)
-        figures.add_row(
-            "batch_p95_s, over the day", f"at most {targets.batch_p95_s}", _short(plan.day.batch_p95_s), _met(late)
-        )
-    figures.add_row("samplers busy", "", f"{found.sampler_busy:.0%}", "")
+    scaled = f"over a day, {'samplers as wanted' if plan.config.autoscale else 'all samplers'}"
+    figures = Table("", "target", "in the busiest minutes", "", scaled, "")
+    signs = {
+        "first_fragment_p95_s": "at most",
+        "stall_free": "at least",
+        "refused": "at most",
+        "batch_p95_s": "at most",
+    }
+    for name, sign in signs.items():
+        row = [name, f"{sign} {target:g}" if (target := getattr(targets, name)) is not None else ""]
+        for each in (found, plan.day):
+            row += [_short(value := getattr(each, name)), _met(target, value, name in each.missed(targets))]
+        figures.add_row(*row)
+    for part in ("sampler", "vae_decoder", "text_encoder"):
+        busy = [f"{getattr(each, f'{part}_busy'):.0%}" for each in (found, plan.day)]
+        figures.add_row(f"{part}: at work", "", busy[0], "", busy[1], "")
+    for part, share in (("director", plan.director_busy), ("ingress", plan.ingress_busy)):
+        figures.add_row(f"{part}: of its core", "", f"{share:.0%}", "", "", "")
     console.print(replicas, figures)
-    knee = "below all that was tried" if plan.knee is None else f"at {plan.knee:g} times this traffic all targets hold"
+    at_least = "at least " if plan.knee == max(plan.loads) else ""
+    knee = "none" if plan.knee is None else f"{at_least}{plan.knee:g} times this traffic, where all targets hold"
     console.print(
         f"knee: {knee}\ncost: {plan.cost_per_day:,.2f} dollars a day "
         f"({plan.sampler_hours:,.0f} sampler-hours), {plan.cost_per_minute:.3f} a minute of video",
@@ -124,7 +144,7 @@ def _compare(plans: dict[str, Any]) -> None:
     )
     for name, each in plans.items():
         table.add_row(
-            name + ("" if each.times.measured else " (not measured)"),
+            f"{name} ({each.times.mark})",
             f"{each.replicas['sampler']:,}",
             f"{each.replicas['vae_decoder']:,}",
             _short(each.peak.first_fragment_p95_s),
@@ -149,7 +169,9 @@ def _replay(report: Path, times: Path, json_file: Path | None) -> None:
         _write(json_file, {name: {"measured": m, "simulated": s} for name, (m, s) in compared.items()})
 
 
-def _met(missed: bool) -> str:
+def _met(target: float | None, value: float | None, missed: bool) -> str:
+    if target is None or value is None:
+        return ""
     return "[red]missed[/]" if missed else "[green]met[/]"
 
 
@@ -157,8 +179,17 @@ def _short(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
 
 
+def _finite(content: Any) -> Any:
+    """With null for what was longer than all that was simulated: JSON knows no infinity."""
+    if isinstance(content, dict):
+        return {str(name): _finite(each) for name, each in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(each) for each in content]
+    return None if content == math.inf else content
+
+
 def _write(file: Path, content: Any) -> None:
     try:
-        file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        file.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise InvalidInput("--json", str(file), f"a file that can be written ({error.strerror})") from None

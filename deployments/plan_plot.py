@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import matplotlib
@@ -26,7 +27,7 @@ def draw(plan: Plan, file: Path) -> None:
     day.set_ylim(0, 1.25 * max(row.samplers for row in plan.hours))
 
     seconds = [row.first_fragment_p95_s for row in plan.hours]
-    first.plot(hours, [float("nan") if each is None else each for each in seconds], color="#2f6db5", marker=".")
+    first.plot(hours, [_or_nan(each) for each in seconds], color="#2f6db5", marker=".")
     first.set(title="A day: first fragment, p95", xlabel="hour", ylabel="seconds", ylim=(0, None))
 
     loads = list(plan.loads)
@@ -59,4 +60,4 @@ def draw(plan: Plan, file: Path) -> None:
 
 
 def _or_nan(value: float | None) -> float:
-    return float("nan") if value is None else value
+    return math.nan if value is None or value == math.inf else value

@@ -8,26 +8,45 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean, quantiles
+from statistics import fmean
+from typing import Annotated
 
 import pydantic
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from deployments.autoscaling import for_all
+from deployments.autoscaling import VIEWERS, for_all
 from deployments.chunk_times import GPUS, Times, estimated, read_times
-from deployments.config import ConfigError, Settings
-from deployments.simulation import HOUR_S, Asked, Fleet, Outcome, Seen, simulate
-from helios_core.config import CHUNK_FRAMES
+from deployments.config import Settings
+from deployments.simulation import HOUR_S, Asked, Fleet, Hour, Outcome, Seen, simulate
+from helios_core.config import CHUNK_FRAMES, VARIANTS
 from helios_core.errors import HeliosError
 
 DAY_HOURS = 24
+PRESETS = next(variant.presets for variant in VARIANTS if variant.is_distilled)
 DIRECTOR_BUSY = 0.6  # the share of one core that a Director may need: its loop must answer while it works
-WINDOW_S = 1800.0  # of the busiest hour, which a fleet is judged by
+WINDOW_S = 1800.0  # of the busiest rate, which a fleet is judged by; longer where fewer videos come
+FEWEST_VIDEOS = 200  # in it
 LOADS = (0.5, 0.7, 0.85, 1.0, 1.1, 1.2, 1.35, 1.5)  # of the planned traffic, to find the knee
 MOST_SAMPLERS = 512  # of one cell
+
+
+Rate = Annotated[float, Field(ge=0)]
+Length = Annotated[float, Field(gt=0)]
+
+
+def _each_hour(told: object) -> object:
+    if isinstance(told, list):
+        return tuple(told)
+    return (told,) * DAY_HOURS if isinstance(told, int | float) else told
+
+
+def _weighted(told: object) -> object:
+    weights = told if isinstance(told, dict) else {told: 1.0}
+    return {float(each) if isinstance(each, str | int) else each: weight for each, weight in weights.items()}
 
 
 class Unreachable(HeliosError):
@@ -41,13 +60,14 @@ class Traffic(Settings):
 
     `peak_factor`: the busiest minutes over their hour; `seconds`: a video's length, or lengths with their weights;
     `realtime`: the share that is watched while it is made, the rest is batch; `image`: the share that begins with a
-    picture; `leave`: the share whose viewers leave early, at any moment of the video alike; `keys`: so many owners ask.
+    picture; `leave`: the share of those watched whose viewers leave, at any moment of the video alike, which ends it;
+    `keys`: so many owners ask.
     """
 
-    videos_per_hour: float | tuple[float, ...] | None = None
+    videos_per_hour: Annotated[tuple[Rate, ...], BeforeValidator(_each_hour)] | None = None
     viewers: float | None = Field(None, gt=0)
     peak_factor: float = Field(1.0, ge=1)
-    seconds: float | dict[float, float] = 10.0
+    seconds: Annotated[dict[Length, Rate], BeforeValidator(_weighted)] = {10.0: 1.0}  # noqa: RUF012
     realtime: float = Field(1.0, ge=0, le=1)
     image: float = Field(0.0, ge=0, le=1)
     leave: float = Field(0.0, ge=0, le=1)
@@ -59,35 +79,34 @@ class Traffic(Settings):
     def _told_once(self) -> Traffic:
         if (self.videos_per_hour is None) == (self.viewers is None):
             raise ValueError("videos_per_hour and viewers: allowed: one of the two")
-        per_hour, lengths = self.videos_per_hour, self.lengths
-        if isinstance(per_hour, tuple) and len(per_hour) != DAY_HOURS:
-            raise ValueError(f"videos_per_hour has {len(per_hour)} numbers; allowed: one, or {DAY_HOURS}")
-        if min(self.by_hour) < 0 or max(self.by_hour) <= 0:
-            raise ValueError("videos_per_hour: allowed: no number below 0, and one above it")
-        if min(lengths) <= 0 or min(lengths.values()) < 0 or sum(lengths.values()) <= 0:
-            raise ValueError(f"seconds is {self.seconds}; allowed: lengths above 0, with weights of 0 or more")
+        if self.videos_per_hour is not None and len(self.videos_per_hour) != DAY_HOURS:
+            raise ValueError(f"videos_per_hour has {len(self.videos_per_hour)} numbers; allowed: one, or {DAY_HOURS}")
+        if sum(self.seconds.values()) <= 0:
+            raise ValueError(f"seconds is {self.seconds}; allowed: lengths with weights, one of them above 0")
+        if self.viewers is not None and self.realtime == 0:
+            raise ValueError(
+                f"viewers is {self.viewers:g} and realtime 0; allowed: videos_per_hour where nobody watches"
+            )
+        if sum(self.by_hour) < 1:
+            raise ValueError(f"{sum(self.by_hour):g} videos are asked for in a day; allowed: 1 or more")
         return self
 
     @property
-    def lengths(self) -> dict[float, float]:
-        return self.seconds if isinstance(self.seconds, dict) else {self.seconds: 1.0}
-
-    @property
     def mean_seconds(self) -> float:
-        return fmean(self.lengths, self.lengths.values())
+        return fmean(self.seconds, self.seconds.values())
 
     @property
     def mean_chunks(self) -> float:
-        return fmean((Asked(0, each, fps=self.fps).chunks for each in self.lengths), self.lengths.values())
+        return fmean((Asked(0, each, fps=self.fps).chunks for each in self.seconds), self.seconds.values())
 
     @property
     def by_hour(self) -> tuple[float, ...]:
         """Videos asked for in each hour of the day."""
         if self.viewers is not None:
-            return (self.viewers * HOUR_S / self.mean_seconds,) * DAY_HOURS
-        per_hour = self.videos_per_hour
-        assert per_hour is not None
-        return per_hour if isinstance(per_hour, tuple) else (per_hour,) * DAY_HOURS
+            watched_s = self.mean_seconds * (1 - self.leave / 2) * self.realtime  # of each video that is asked for
+            return (self.viewers * HOUR_S / watched_s,) * DAY_HOURS
+        assert self.videos_per_hour is not None
+        return self.videos_per_hour
 
     @property
     def peak(self) -> float:
@@ -97,7 +116,7 @@ class Traffic(Settings):
     def asked(self, rates: Callable[[int], float], hours: float, seed: int) -> Iterator[Asked]:
         """The requests of so many hours, at random (Poisson). `rates`: videos an hour, by the hour."""
         draw = random.Random(seed)
-        lengths, weights = zip(*self.lengths.items(), strict=True)
+        lengths, weights = zip(*self.seconds.items(), strict=True)
         for hour in range(math.ceil(hours)):
             rate, at, end = rates(hour) / HOUR_S, hour * HOUR_S, min(hours, hour + 1) * HOUR_S
             while rate > 0 and (at := at + draw.expovariate(rate)) < end:
@@ -117,41 +136,49 @@ class Traffic(Settings):
 
 class Targets(Settings):
     """What is to be met in the busiest minutes. `first_fragment_p95_s`: of watched videos; `stall_free`: the share of
-    them that plays to its end without a stop; `refused`: the share of requests that may hear 429; `batch_p95_s`: from a
-    batch video's request to its end, over the whole day."""
+    them that plays without a stop; `refused`: the share of them that may hear 429; `batch_p95_s`: from a batch video's
+    request to its end, over the whole day. None: whatever comes."""
 
     first_fragment_p95_s: float | None = Field(5.0, gt=0)
     stall_free: float | None = Field(0.95, ge=0, le=1)
-    refused: float = Field(0.01, ge=0, le=1)
+    refused: float | None = Field(0.01, ge=0, le=1)
     batch_p95_s: float | None = Field(86_400.0, gt=0)
 
 
 class Hardware(Settings):
-    """What it runs on. `times`: a JSON file of `helios bench` or of a load test, in place of the estimates for `gpu`.
-    `price`: dollars an hour of the sampler's GPU; `vae_price`, `text_price`: of what those replicas have; None: as the
-    sampler's, and half of it; `core_price`: of a processor core, of which Director and ingress have one each."""
+    """What it runs on. `steps`: of each stage, or `preset`, a name of Distilled's; `times`: a JSON file of `helios
+    bench`, or of a load test, whose own steps count, in place of the estimates for `gpu`; then `price` must be told.
+    Prices are in dollars an hour: of a sampler, a VAE decoder (None: the same), a text encoder (None: half of it), and
+    of a processor core, of which Director and ingress have one each. The table's are examples."""
 
     gpu: str = "h100"
-    steps: tuple[int, ...] = (1, 1, 1)
+    preset: str | None = None
+    steps: tuple[Annotated[int, Field(ge=1)], ...] | None = None
     amplify_first_chunk: bool = True
     times: str | None = None
-    price: float | None = Field(None, ge=0)
-    vae_price: float | None = Field(None, ge=0)
-    text_price: float | None = Field(None, ge=0)
-    core_price: float = Field(0.05, ge=0)
+    price: Rate | None = None
+    vae_price: Rate | None = None
+    text_price: Rate | None = None
+    core_price: Rate = 0.05
+
+    @pydantic.model_validator(mode="after")
+    def _known(self) -> Hardware:
+        if self.preset is not None and (self.steps is not None or self.preset not in PRESETS):
+            raise ValueError(f"preset is {self.preset!r}; allowed: {', '.join(PRESETS)}, and no steps beside it")
+        if self.times is not None and self.price is None:
+            raise ValueError("times are of a machine whose price is not known; allowed: a price beside them")
+        return self
 
     def chunk_times(self) -> Times:
         """Raises InvalidInput."""
+        steps = self.steps or PRESETS[self.preset or "realtime"]
         if self.times is not None:
-            return read_times(Path(self.times), self.steps, self.amplify_first_chunk)
-        return estimated(self.gpu, self.steps, self.amplify_first_chunk)
+            return read_times(Path(self.times), steps, self.amplify_first_chunk)
+        return estimated(self.gpu, steps, self.amplify_first_chunk)
 
     def prices(self) -> dict[str, float]:
         """Dollars an hour of one replica of each part."""
-        known = GPUS.get(self.gpu)
-        if self.price is None and known is None:
-            raise ConfigError(f"hardware.price is not given, and gpu {self.gpu!r} is none of {', '.join(GPUS)}")
-        sampler = self.price if self.price is not None else known.price  # type: ignore[union-attr]
+        sampler = GPUS[self.gpu].price if self.price is None else self.price
         return {
             "sampler": sampler,
             "vae_decoder": sampler if self.vae_price is None else self.vae_price,
@@ -176,47 +203,49 @@ class PlanConfig(Settings):
     downscale_delay_s: float = Field(300.0, ge=0)
     seed: int = 1
 
-    @classmethod
-    def parse(cls, data: object, source: str) -> PlanConfig:
-        """Raises ConfigError naming the source, the setting, the value and what is allowed."""
-        try:
-            return cls.model_validate(data, strict=False)
-        except pydantic.ValidationError as error:
-            first = error.errors()[0]
-            name = ".".join(str(part) for part in first["loc"]) or "the whole"
-            raise ConfigError(f"{source}: {name} is {first['input']!r:.200}: {first['msg']}") from None
-
 
 @dataclass(frozen=True)
 class Figures:
-    """What was measured in a simulation. None: there was nothing to measure it by."""
+    """What came out of a simulation. `first_fragment_p95_s`, `stall_free`, `refused`: of watched videos; `batch_p95_s`:
+    of the others; None: there was no such video. The last three: the share of their time in which replicas worked."""
 
     first_fragment_p95_s: float | None
     stall_free: float | None
-    refused: float
+    refused: float | None
     batch_p95_s: float | None
     sampler_busy: float
+    vae_decoder_busy: float
+    text_encoder_busy: float
 
     @classmethod
-    def of(cls, seen: list[Seen], busy: float) -> Figures:
-        served = [each for each in seen if each.status != "refused"]
-        watched = [each for each in served if each.asked.priority == "realtime" and each.first_fragment_s is not None]
-        ended = [each.ended_s for each in served if each.asked.priority == "batch" and each.ended_s is not None]
+    def of(cls, seen: list[Seen], hours: Iterable[Hour], seconds: float, fleet: Fleet) -> Figures:
+        """`seconds`: that the `hours` lasted in all."""
+        asked = [each for each in seen if each.asked.priority == "realtime"]
+        watched = [each for each in asked if each.status != "refused"]
+        batch = [each.ended_s for each in seen if each.asked.priority == "batch"]
+        works = [(hour.sampling_s, hour.samplers_s, hour.rendering_s, hour.encoding_s) for hour in hours]
+        sampling, samplers, rendering, encoding = map(sum, zip(*works, strict=True)) if works else (0, 0, 0, 0)
         return cls(
-            first_fragment_p95_s=percentile([each.first_fragment_s or 0.0 for each in watched], 95),
+            # Who left before had waited for so long; who still waits has not seen the end of it.
+            first_fragment_p95_s=percentile(
+                [each.first_fragment_s or each.ended_s or math.inf for each in watched], 0.95
+            ),
             stall_free=fmean(each.stalls == 0 for each in watched) if watched else None,
-            refused=1 - len(served) / len(seen) if seen else 0.0,
-            batch_p95_s=percentile(ended, 95),
-            sampler_busy=busy,
+            refused=1 - len(watched) / len(asked) if asked else None,
+            batch_p95_s=percentile([math.inf if each is None else each for each in batch], 0.95),
+            sampler_busy=sampling / samplers if samplers else 0.0,
+            vae_decoder_busy=rendering / (seconds * fleet.vae_decoders),
+            text_encoder_busy=encoding / (seconds * fleet.text_encoders),
         )
 
     def missed(self, targets: Targets) -> list[str]:
         """The names of the targets that are not met."""
-        missed = []
-        for name in ("first_fragment_p95_s", "refused", "batch_p95_s"):
+
+        def over(name: str) -> bool:
             most, value = getattr(targets, name), getattr(self, name)
-            if most is not None and value is not None and value > most:
-                missed.append(name)
+            return most is not None and value is not None and value > most
+
+        missed = [name for name in ("first_fragment_p95_s", "refused", "batch_p95_s") if over(name)]
         if targets.stall_free is not None and self.stall_free is not None and self.stall_free < targets.stall_free:
             missed.append("stall_free")
         return missed
@@ -224,21 +253,22 @@ class Figures:
 
 @dataclass(frozen=True)
 class HourRow:
-    """One hour of the day, of the whole service."""
+    """One hour of the day, of the whole service. `samplers`: in the mean."""
 
     hour: int
     videos: int
-    samplers: float  # mean
+    samplers: float
     sampler_busy: float
     first_fragment_p95_s: float | None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """`replicas`: part ▸ how many at most, in all `cells`. `peak`: how they do in the busiest minutes; `loads`: the
-    same at so many times the traffic, up to the first that is too much; `knee`: the greatest of these at which all
-    targets are met; `hours`, `day`: a whole day, which takes `sampler_hours`. Costs in dollars; a minute's is that of
-    the day over the minutes of video made."""
+    """`replicas`: part ▸ how many at most, in all `cells`. `peak`: how they do in the busiest minutes, or over the day
+    if nobody watches; `loads`: the same at so many times the traffic, up to the first that is too much; `knee`: the
+    greatest of these at which all targets are met; `hours`, `day`: a whole day, with as many samplers as there are at
+    the time, which takes `sampler_hours`. `director_busy`, `ingress_busy`: the share of a core, in the busiest minutes.
+    Costs in dollars; a minute's is that of the day over the minutes of video made."""
 
     config: PlanConfig
     times: Times
@@ -249,6 +279,8 @@ class Plan:
     knee: float | None
     day: Figures
     hours: list[HourRow]
+    director_busy: float
+    ingress_busy: float
     sampler_hours: float
     cost_per_day: float
     cost_per_minute: float
@@ -256,11 +288,11 @@ class Plan:
 
 def plan(config: PlanConfig) -> Plan:
     """Raises InvalidInput, ConfigError, or Unreachable."""
-    traffic, times, prices = config.traffic, config.hardware.chunk_times(), config.hardware.prices()
+    times, prices = config.hardware.chunk_times(), config.hardware.prices()
     _check_reachable(config, times)
     cell = _Cell(config, times)
-    samplers = cell.fewest()
-    fleet = cell.fleet(samplers)
+    fleet = cell.fleet_for_targets()
+    samplers = fleet.samplers
     loads: dict[float, Figures] = {}
     knee = None
     for load in LOADS:
@@ -269,31 +301,30 @@ def plan(config: PlanConfig) -> Plan:
             knee = load
         elif load > 1:
             break  # more would only fill the queue
-    made = cell.day(replace(fleet, samplers=min(config.least, samplers)) if config.autoscale else fleet)
-    day = Figures.of(made.seen, _busy(made))
-    sampler_hours = sum(hour.samplers_s for hour in made.hours.values()) / HOUR_S
-    if not config.autoscale:
-        sampler_hours = samplers * DAY_HOURS  # and not to the end of the last video
-    ingresses = max(1, for_all(cell.chunks * times.ingress_s, 0))
-    others = {
+    day = cell.day(replace(fleet, samplers=min(config.least, samplers)) if config.autoscale else fleet)
+    replicas = {
+        "sampler": samplers,
         "vae_decoder": fleet.vae_decoders,
         "text_encoder": fleet.text_encoders,
-        "ingress": ingresses,
+        "ingress": cell.ingresses,
         "director": 1,
     }
-    replicas = {"sampler": samplers, **others}
-    cost = sampler_hours * prices["sampler"] + DAY_HOURS * sum(n * prices[part] for part, n in others.items())
-    minutes = sum(hour.chunks for hour in made.hours.values()) * CHUNK_FRAMES / traffic.fps / 60
+    others = sum(count * prices[part] for part, count in replicas.items() if part != "sampler")
+    sampler_hours = sum(hour.samplers_s for hour in day.hours.values()) / HOUR_S
+    cost = sampler_hours * prices["sampler"] + DAY_HOURS * others
+    minutes = sum(hour.shown_s for hour in day.hours.values()) / 60
     return Plan(
         config=config,
         times=times,
         cells=cell.cells,
-        replicas={part: n * cell.cells for part, n in replicas.items()},
+        replicas={part: count * cell.cells for part, count in replicas.items()},
         peak=loads[1.0],
         loads=loads,
         knee=knee,
-        day=day,
-        hours=[row for row in _rows(made, cell.cells) if row.hour < DAY_HOURS or traffic.realtime < 1],
+        day=Figures.of(day.seen, day.hours.values(), DAY_HOURS * HOUR_S, fleet),
+        hours=_rows(day, fleet, cell.cells),
+        director_busy=cell.chunks * times.director_s,
+        ingress_busy=cell.chunks * times.ingress_s / cell.ingresses,
         sampler_hours=sampler_hours * cell.cells,
         cost_per_day=cost * cell.cells,
         cost_per_minute=cost / minutes,
@@ -311,7 +342,7 @@ def _check_reachable(config: PlanConfig, times: Times) -> None:
             f"takes where nothing waits ({times.told})"
         )
     slowest = max(times.turn_s, times.render_s)
-    if targets.stall_free and slowest > plays_s and config.traffic.mean_chunks > 2:
+    if targets.stall_free and slowest > plays_s and min(config.traffic.seconds) > 2 * plays_s:
         raise Unreachable(
             f"targets.stall_free is {targets.stall_free:g}; allowed: 0, as a chunk takes {slowest:.2f} s and plays for "
             f"{plays_s:.2f} s, however many samplers there are ({times.told})"
@@ -319,21 +350,54 @@ def _check_reachable(config: PlanConfig, times: Times) -> None:
 
 
 class _Cell:
-    """One of `cells` that are alike, and how a fleet of its own would do with its share of the traffic. `chunks`, in a
-    second: in the busiest minutes, if each is made as soon as it is asked for."""
+    """One of `cells` that are alike, and how a fleet of its own would do with its share of the traffic. `chunks`: a
+    second, in the busiest minutes."""
 
     def __init__(self, config: PlanConfig, times: Times) -> None:
         self._config, self._times, traffic = config, times, config.traffic
         a_second = [rate / HOUR_S * traffic.mean_chunks for rate in (traffic.peak, fmean(traffic.by_hour))]
-        # Batch waits until there is time for it, so that a Director has less to do than is asked for.
-        led = a_second[0] * traffic.realtime + a_second[1] * (1 - traffic.realtime)
-        self.cells = max(1, math.ceil(led * times.director_s / DIRECTOR_BUSY))
-        self.chunks, self._mean_chunks = (rate / self.cells for rate in a_second)
+        # Batch waits until there is time for it, so that it asks for no more than it does in the mean.
+        watched, batch = a_second[0] * traffic.realtime, a_second[1] * (1 - traffic.realtime)
+        self.cells = max(1, math.ceil((watched + batch) * times.director_s / DIRECTOR_BUSY))
+        self.chunks = (watched + batch) / self.cells
+        viewers = traffic.peak / HOUR_S * traffic.realtime * traffic.mean_seconds / self.cells
+        self.ingresses = max(1, for_all(self.chunks * times.ingress_s, 0), math.ceil(viewers / VIEWERS))
 
-    def fleet(self, samplers: int) -> Fleet:
+    def fleet_for_targets(self) -> Fleet:
+        """The one with the fewest VAE decoders and text encoders that meets the targets if there are samplers enough,
+        and then the fewest samplers. Raises Unreachable."""
+        most = self._fleet(2 * self._least() + 8)
+        if self._config.traffic.realtime:
+            most = self._with_others(most)
+        enough = self._least()
+        too_few = enough - 1
+        while missed := self._missed(self._with(most, enough)):
+            too_few, enough = enough, math.ceil(1.15 * enough + 0.5)
+            if enough > MOST_SAMPLERS:
+                raise Unreachable(f"{too_few} samplers miss {', '.join(missed)}; allowed: {MOST_SAMPLERS} in a cell")
+        while enough - too_few > 1:
+            middle = (enough + too_few) // 2
+            too_few, enough = (middle, enough) if self._missed(self._with(most, middle)) else (too_few, middle)
+        return self._with(most, enough)
+
+    def _with_others(self, few: Fleet) -> Fleet:
+        """`few` with more VAE decoders and text encoders, if its targets are missed for want of those."""
+
+        def met(fleet: Fleet) -> bool:
+            return not self.figures(fleet).missed(self._config.targets)
+
+        for more in range(few.vae_decoders + 4):
+            decoders = replace(few, vae_decoders=few.vae_decoders + more)
+            both = replace(decoders, text_encoders=few.text_encoders + more)
+            if met(both):
+                return decoders if met(decoders) else both
+        return few
+
+    def _fleet(self, samplers: int) -> Fleet:
         """With as many of the other parts as keep up with so many samplers, or with the traffic if that is less."""
         config, times, traffic = self._config, self._times, self._config.traffic
-        chunks = min(self.chunks, samplers / times.turn_s)
+        peak = traffic.peak / HOUR_S / self.cells  # videos a second
+        chunks = min(peak * traffic.mean_chunks, samplers / times.turn_s)
         videos = chunks / traffic.mean_chunks
         return Fleet(
             samplers,
@@ -344,97 +408,90 @@ class _Cell:
             downscale_delay_s=config.downscale_delay_s,
         )
 
-    def fewest(self) -> int:
-        """The fewest samplers with which the targets are met. Raises Unreachable."""
-        enough = self._least()
-        too_few = enough - 1
-        while missed := self._missed(enough):
-            too_few, enough = enough, math.ceil(1.15 * enough + 0.5)
-            if enough > MOST_SAMPLERS:
-                raise Unreachable(f"{too_few} samplers miss {', '.join(missed)}; allowed: {MOST_SAMPLERS} in a cell")
-        while enough - too_few > 1:
-            middle = (enough + too_few) // 2
-            too_few, enough = (middle, enough) if self._missed(middle) else (too_few, middle)
-        return enough
+    def _with(self, most: Fleet, samplers: int) -> Fleet:
+        """`most` with so many samplers, and no more of the other parts than these need."""
+        fleet = self._fleet(samplers)
+        if self._config.traffic.realtime:
+            fleet = replace(fleet, vae_decoders=most.vae_decoders, text_encoders=most.text_encoders)
+        return fleet
 
     def _least(self) -> int:
-        """Fewer could not do the work: what is watched as it comes, and what 95 % of batch asks for between any two
-        hours until that is due."""
+        """Fewer samplers could not do the work: what is watched as it comes, all of a day, and what 95 % of batch asks
+        for between any two hours until that is due."""
         traffic, times = self._config.traffic, self._times
-        watched = self.chunks * traffic.realtime * times.turn_s
-        due_s = self._config.targets.batch_p95_s
-        if due_s is None:
-            return max(1, math.ceil(watched))
-        a_video = traffic.mean_chunks * times.turn_s * 0.95 * (1 - traffic.realtime) / self.cells
-        hours = range(DAY_HOURS + 1)
-        spans = [(sum(traffic.by_hour[a:b]), (b - a) * HOUR_S + due_s) for a in hours for b in hours if a < b]
-        return max(1, math.ceil(max(watched, *(videos * a_video / seconds for videos, seconds in spans))))
+        stays = 1 - traffic.leave / 2  # at least so much of what is watched is made
+        rate_s = traffic.mean_chunks * times.turn_s / self.cells / HOUR_S
+        watched, batch = rate_s * traffic.realtime * stays, rate_s * (1 - traffic.realtime)
+        works = [traffic.peak * watched, fmean(traffic.by_hour) * (watched + batch)]
+        if (due_s := self._config.targets.batch_p95_s) is not None:
+            hours = range(DAY_HOURS + 1)
+            works += [
+                0.95 * batch * sum(traffic.by_hour[a:b]) / (b - a + due_s / HOUR_S)
+                for a in hours
+                for b in hours
+                if a < b
+            ]
+        return max(1, math.ceil(max(works)))
 
-    def _missed(self, samplers: int) -> list[str]:
-        """The targets that so many samplers miss."""
-        config, fleet = self._config, self.fleet(samplers)
+    def _missed(self, fleet: Fleet) -> list[str]:
+        """The targets that a fleet misses."""
+        config = self._config
         missed = self.figures(fleet).missed(config.targets)
         if not missed and 0 < config.traffic.realtime < 1:
-            missed = self._figures_of_day(fleet).missed(config.targets)
+            missed = self._figures_of_day(fleet, 1.0).missed(config.targets)
         return missed
 
     def figures(self, fleet: Fleet, load: float = 1.0) -> Figures:
         """At so many times the traffic: in the busiest minutes, or over the day if nobody watches."""
         return self._busiest(fleet, load) if self._config.traffic.realtime else self._figures_of_day(fleet, load)
 
-    def _figures_of_day(self, fleet: Fleet, load: float = 1.0) -> Figures:
+    def _figures_of_day(self, fleet: Fleet, load: float) -> Figures:
         day = self.day(fleet, load)
-        return Figures.of(day.seen, _busy(day))
+        return Figures.of(day.seen, day.hours.values(), DAY_HOURS * HOUR_S, fleet)
 
     def _busiest(self, fleet: Fleet, load: float) -> Figures:
         config, traffic = self._config, self._config.traffic
-        warm_s = max(300.0, 2 * traffic.mean_seconds)
-        end_s = warm_s + WINDOW_S
         rate = traffic.peak * load / self.cells
+        warm_s = max(300.0, 2 * max(traffic.seconds))
+        window_s = max(WINDOW_S, min(DAY_HOURS * HOUR_S, FEWEST_VIDEOS / rate * HOUR_S))
+        end_s = warm_s + window_s
         outcome = self._simulate(traffic.asked(lambda _: rate, end_s / HOUR_S, config.seed), fleet, end_s)
         # Whose first fragment may still come when the time is over does not count.
         late_s = 2 * max(config.targets.first_fragment_p95_s or 0.0, self._times.first_fragment_s)
         judged = [each for each in outcome.seen if warm_s <= each.asked.at < end_s - late_s]
-        return Figures.of(judged, _busy(outcome))
+        watched = [each for each in judged if each.asked.priority == "realtime"]  # batch is judged by the day
+        return Figures.of(watched, outcome.hours.values(), end_s, fleet)
 
     def day(self, fleet: Fleet, load: float = 1.0) -> Outcome:
-        """24 hours, and until the last video has ended."""
-        traffic = self._config.traffic
+        """24 hours. Where there is batch they follow upon 24 like them, of which something may be left to do."""
+        traffic, before = self._config.traffic, DAY_HOURS if self._config.traffic.realtime < 1 else 0
         rates = [rate * load / self.cells for rate in traffic.by_hour]
-        return self._simulate(traffic.asked(rates.__getitem__, DAY_HOURS, self._config.seed), fleet, None)
+        asked = traffic.asked(lambda hour: rates[hour % DAY_HOURS], before + DAY_HOURS, self._config.seed)
+        outcome = self._simulate(asked, fleet, None)
+        hours = {hour: outcome.hours[before + hour] for hour in range(DAY_HOURS)}
+        for number, hour in hours.items():  # what is left of each when all videos have ended
+            idle_s = (before + number + 1) * HOUR_S - outcome.until
+            hour.samplers_s += fleet.samplers * min(max(0.0, idle_s), HOUR_S)
+        return Outcome([each for each in outcome.seen if each.asked.at >= before * HOUR_S], hours, outcome.until)
 
     def _simulate(self, asked: Iterator[Asked], fleet: Fleet, until: float | None) -> Outcome:
         config = self._config
         return simulate(asked, self._times, fleet, config.videos_per_sampler, config.queued, until)
 
 
-def _busy(outcome: Outcome) -> float:
-    """The share of their time that samplers held a chunk."""
-    alive = sum(hour.samplers_s for hour in outcome.hours.values())
-    return sum(hour.sampling_s for hour in outcome.hours.values()) / alive if alive else 0.0
-
-
-def _rows(outcome: Outcome, cells: int) -> list[HourRow]:
-    by_hour: dict[int, list[Seen]] = {hour: [] for hour in sorted(outcome.hours)}
-    for each in outcome.seen:
-        by_hour.setdefault(int(each.asked.at // HOUR_S), []).append(each)
+def _rows(day: Outcome, fleet: Fleet, cells: int) -> list[HourRow]:
+    begin = min((each.asked.at // HOUR_S for each in day.seen), default=0.0) // DAY_HOURS * DAY_HOURS
+    seen: dict[int, list[Seen]] = defaultdict(list)
+    for each in day.seen:
+        seen[int(each.asked.at // HOUR_S - begin)].append(each)
     rows = []
-    for number, seen in sorted(by_hour.items()):
-        hour = outcome.hours[number]
-        figures = Figures.of(seen, hour.sampling_s / hour.samplers_s if hour.samplers_s else 0.0)
-        rows.append(
-            HourRow(
-                hour=number,
-                videos=len(seen) * cells,
-                samplers=hour.samplers_s / HOUR_S * cells,
-                sampler_busy=figures.sampler_busy,
-                first_fragment_p95_s=figures.first_fragment_p95_s,
-            )
-        )
+    for number, hour in day.hours.items():
+        figures = Figures.of(seen[number], [hour], HOUR_S, fleet)
+        samplers, busy = hour.samplers_s / HOUR_S * cells, figures.sampler_busy
+        rows.append(HourRow(number, len(seen[number]) * cells, samplers, busy, figures.first_fragment_p95_s))
     return rows
 
 
-def percentile(values: list[float], percent: int) -> float | None:
-    if len(values) < 2:
-        return values[0] if values else None
-    return quantiles(values, n=100, method="inclusive")[percent - 1]
+def percentile(values: list[float], share: float) -> float | None:
+    """The smallest value that this share of them does not exceed; None of none."""
+    return sorted(values)[math.ceil(share * len(values)) - 1] if values else None

@@ -20,16 +20,19 @@ def replayed(report: Path, times: Path) -> dict[str, tuple[float, float]]:
     try:
         document: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
         setting, videos = document["setting"], document["videos"]
-        asked = sorted(map(_asked, videos), key=lambda each: each.at)
+        # Who was refused, and came again, is in the report with each try.
+        asked = sorted((_asked(each) for each in videos if not each.get("again")), key=lambda each: each.at)
         replicas = {name: int(setting[name]) for name in ("samplers", "vae_decoders", "text_encoders")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InvalidInput("--replay", str(report), f"a load test's report ({error})") from None
     admission = AdmissionSettings()
+    measured = [_seen(video) for video in videos]
+    if not any(map(_whole, measured)):
+        raise InvalidInput("--replay", str(report), "a report of a run that completed a video")
     outcome = simulate(
         asked, read_times(times, (1, 1, 1), True), Fleet(**replicas), admission.videos_per_sampler, admission.queued
     )
     simulated = outcome.seen
-    measured = [_seen(video) for video in videos]
     return {name: (figure(measured), figure(simulated)) for name, figure in FIGURES.items()}
 
 
@@ -56,19 +59,24 @@ def _seen(video: dict[str, Any]) -> Seen:
     )
 
 
+def _whole(seen: Seen) -> bool:
+    return seen.status == "completed" and seen.ended_s is not None
+
+
 def _throughput(seen: list[Seen]) -> float:
     """Seconds of video a second, from the first request to the last end."""
-    whole = [each for each in seen if each.status == "completed" and each.ended_s is not None]
+    whole = list(filter(_whole, seen))
     end = max(each.asked.at + (each.ended_s or 0.0) for each in whole)
     return sum(each.asked.seconds for each in whole) / (end - min(each.asked.at for each in whole))
 
 
-def _first_fragment(percent: int, seen: list[Seen]) -> float:
-    return percentile([each.first_fragment_s for each in seen if each.first_fragment_s is not None], percent) or 0.0
+def _first_fragment(share: float, seen: list[Seen]) -> float:
+    watched = [each for each in seen if each.asked.priority == "realtime"]
+    return percentile([each.first_fragment_s for each in watched if each.first_fragment_s is not None], share) or 0.0
 
 
 FIGURES: dict[str, Callable[[list[Seen]], float]] = {
     "seconds of video made a second": _throughput,
-    "first fragment p50, s": lambda seen: _first_fragment(50, seen),
-    "first fragment p95, s": lambda seen: _first_fragment(95, seen),
+    "first fragment p50, s": lambda seen: _first_fragment(0.5, seen),
+    "first fragment p95, s": lambda seen: _first_fragment(0.95, seen),
 }

@@ -7,6 +7,7 @@ takes time, of which `Times` says how long.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -75,13 +76,13 @@ class Seen:
 
 @dataclass
 class Hour:
-    """Seconds of work and of replicas, and chunks committed, in one hour of the simulation."""
+    """Seconds of work of each part, of samplers that are there or wanted, and of video made, in one hour."""
 
     sampling_s: float = 0.0
     samplers_s: float = 0.0
     rendering_s: float = 0.0
     encoding_s: float = 0.0
-    chunks: int = 0
+    shown_s: float = 0.0
 
 
 @dataclass
@@ -144,7 +145,8 @@ class _Service:
         self._samplers = self._wanted = fleet.samplers
         self.videos: dict[str, _Video] = {}  # that were taken in and have not ended
         self.outcome = Outcome()
-        self._coming = True
+        self._coming, self._open = True, 0  # _open: requests that came and have not ended, refused ones too
+        self._ids = itertools.count()
 
     @property
     def now(self) -> float:
@@ -180,9 +182,10 @@ class _Service:
         if request is None:
             self._coming = False
             return
-        video = _Video(self, request)
+        video = _Video(self, f"{next(self._ids)}", request)
 
         def come() -> None:
+            self._open += 1
             self.after(self.times.accept_s, self.enter, video)
             self._next(asked)
 
@@ -193,7 +196,7 @@ class _Service:
         fleet = self._fleet
         recent: deque[int] = deque(maxlen=round(autoscaling.RECENT_S))
         since, direction = 0.0, 0
-        while self._coming or self.videos:
+        while self._coming or self._open:
             recent.append(self.turns.under_way + len(self.turns) + len(self.entrance))
             wanted = min(max(autoscaling.samplers(sum(recent) / len(recent)), fleet.samplers), fleet.most)
             heading = (wanted > self._wanted) - (wanted < self._wanted)
@@ -224,13 +227,18 @@ class _Service:
             if request.priority == "batch":
                 self.after(AGAIN_S, self.enter, video)
             else:
-                self.outcome.seen.append(Seen(request, "refused"))
+                self.ended(Seen(request, "refused"))
             return
         self.videos[video.id] = video
         self.entrance.ask(video.id, request.owner, request.priority, video.playback.deadline(0.0))
         if request.leaves_s is not None:
             self.after(request.at + request.leaves_s - self.now, video.leave)
         self.grant_room()
+
+    def ended(self, seen: Seen) -> None:
+        self._open -= 1
+        self.outcome.seen.append(seen)
+        self.outcome.until = max(self.outcome.until, self.now)
 
     def grant_room(self) -> None:
         for video_id in self.entrance.grant(self.places(), self.now):
@@ -244,9 +252,8 @@ class _Service:
 class _Video:
     """One video, from its request to its end: the loop of making.py, as far as it takes time."""
 
-    def __init__(self, service: _Service, asked: Asked) -> None:
-        self.asked, self._service = asked, service
-        self.id = f"{id(self):x}"
+    def __init__(self, service: _Service, video_id: str, asked: Asked) -> None:
+        self.id, self.asked, self._service = video_id, asked, service
         self.playback = Playback(asked.lead_s, 0.0, asked.at + service.times.accept_s)
         self.playback.watched(asked.at + service.times.accept_s)
         self._chunk_s = CHUNK_FRAMES / asked.fps  # of playback
@@ -322,16 +329,15 @@ class _Video:
             return
         service, now = self._service, self._service.now
         self._committed += 1
-        service.hour.chunks += 1
         last = self._committed == self._chunks
         shown_s = self.asked.seconds - (self._chunks - 1) * self._chunk_s if last else self._chunk_s
+        service.hour.shown_s += shown_s
         self.playback.committed(shown_s, now)
         arrived = now + service.times.deliver_s
         if self._first is None:
             self._first = arrived
-        elif arrived > self._shown_until + 1e-9:
-            self._stalls += 1
-            self._stall_s += arrived - self._shown_until
+        else:
+            self._stalled_until(arrived)
         self._shown_until = max(arrived, self._shown_until) + shown_s
         if last:
             self.end("completed")
@@ -339,8 +345,14 @@ class _Video:
             self._held = False
             self._render()
 
+    def _stalled_until(self, now: float) -> None:
+        """Its viewer waited from when all was played that was there, if that was before."""
+        if now > self._shown_until + 1e-9:
+            self._stalls += 1
+            self._stall_s += now - self._shown_until
+
     def leave(self) -> None:
-        """Its viewer leaves: a sampler that is at it is free after the step, so at once."""
+        """Its viewer leaves the stream that made it, which ends it: a sampler that is at it is free after its step."""
         if self._over:
             return
         if not self._inside:
@@ -359,10 +371,11 @@ class _Video:
         if self._inside:
             service.entrance.end()
         service.entrance.forget(self.id, request.owner)
-        service.outcome.until = max(service.outcome.until, service.now)
+        if self._first is not None and self._committed < self._chunks:
+            self._stalled_until(service.now)
         first = None if self._first is None else self._first - request.at
         ended = None if status == "unfinished" else service.now + service.times.deliver_s - request.at
-        service.outcome.seen.append(Seen(request, status, first, self._stalls, self._stall_s, ended))
+        service.ended(Seen(request, status, first, self._stalls, self._stall_s, ended))
         if status != "unfinished":
             service.grant_room()
             service.grant()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from deployments.config import AppConfig
-from deployments.records import Call, Rendered, SampleReport, StoredObject
+from deployments.records import Call, Encoded, Rendered, SampleReport, StoredObject
 from deployments.sampler import Sampler
 from deployments.text_encoder import TextEncoder
 from deployments.vae_decoder import VaeDecoder
@@ -42,13 +42,13 @@ class LocalGraph:
     def replicas(self, part: str) -> int:
         return 1
 
-    async def encode(self, call: Call, model: str, prompt: str) -> tuple[Any, StoredObject]:
+    async def encode(self, call: Call, model: str, prompt: str) -> tuple[Any, Encoded]:
         text, encoded = [item async for item in self.text_encoder.encode(call, prompt)]
-        return text, encoded.stored
+        return text, encoded
 
-    async def encode_media(self, call: Call, spec: VideoSpec, media: StoredObject) -> Any:
-        state, _ = [item async for item in self.vae_decoder.encode_media(call, spec, media)]
-        return state
+    async def encode_media(self, call: Call, spec: VideoSpec, media: StoredObject) -> tuple[Any, float]:
+        state, seconds = [item async for item in self.vae_decoder.encode_media(call, spec, media)]
+        return state, seconds
 
     async def sample(
         self, call: Call, spec: VideoSpec, index: int, weights: tuple[float, ...], state: Any, *texts: Any

@@ -22,6 +22,7 @@ from deployments.making import InputLost, ReplicaLost
 from deployments.records import (
     Call,
     ChunkRecord,
+    Encoded,
     Rendered,
     Run,
     SampleReport,
@@ -75,7 +76,7 @@ class GatedGraph(LocalGraph):
     def gate(self, point: str, prompt: str = PROMPT) -> Gate:
         return self.gates.setdefault((prompt, point), Gate())
 
-    async def encode(self, call: Call, model: str, prompt: str) -> tuple[Any, StoredObject]:
+    async def encode(self, call: Call, model: str, prompt: str) -> tuple[Any, Encoded]:
         await self._pass("encode", prompt)
         return await super().encode(call, model, prompt)
 

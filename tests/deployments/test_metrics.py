@@ -237,6 +237,18 @@ def test_waits_and_retries() -> None:
     }
 
 
+def test_what_replicas_say_of_prompts_and_inputs() -> None:
+    metrics = Metrics()
+    metrics.encoded_text(0.25)
+    metrics.encoded_media(0.5)
+    assert moved(metrics) == {
+        "helios_text_encode_seconds_count": 1,
+        "helios_text_encode_seconds_sum": 0.25,
+        "helios_media_encode_seconds_count": 1,
+        "helios_media_encode_seconds_sum": 0.5,
+    }
+
+
 def test_a_block_is_timed_if_it_comes_to_its_end() -> None:
     metrics = Metrics()
     with metrics.timed("helios_turn_seconds"):

@@ -44,6 +44,7 @@ from deployments.making import (
 from deployments.records import (
     Call,
     ChunkRecord,
+    Encoded,
     Origin,
     Rendered,
     SampleReport,
@@ -816,18 +817,18 @@ class RacingGraph:
     def replicas(self, part: str) -> int:
         return 1
 
-    async def encode(self, call: Call, model: str, prompt: str) -> tuple[Text, StoredObject]:
-        async def work() -> tuple[Text, StoredObject]:
+    async def encode(self, call: Call, model: str, prompt: str) -> tuple[Text, Encoded]:
+        async def work() -> tuple[Text, Encoded]:
             await self._point(call)
             data = text_of(prompt)
             stored = await self.world.store.put_text(call.video_id, hashlib.sha256(data).hexdigest(), data)
             await self._point(call)
-            return Text(data), stored
+            return Text(data), Encoded(stored=stored, seconds=0.0)
 
         known = self.world.videos[call.video_id].knew(prompt)
         return await self._call("encode" if known else "the text of a change", call, work())
 
-    async def encode_media(self, call: Call, spec: VideoSpec, media: StoredObject) -> State:
+    async def encode_media(self, call: Call, spec: VideoSpec, media: StoredObject) -> tuple[State, float]:
         raise NotImplementedError("no video here begins with an upload")
 
     async def sample(
