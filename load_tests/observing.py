@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import re
 import time
-from collections import Counter
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -27,9 +26,8 @@ OTHERS = ("raylet", "gcs_server")
 class Observer:
     """What was seen so far.
 
-    `looks`: at /metrics; `why_not`: why the last of them was not to be had. `memory`: role ▸ [{at, rss_mb}], what the
-    processes of that role hold, without what they share with others, in 10^6 bytes; empty if the service is
-    elsewhere.
+    `looks`: at /metrics; `why_not`: why the last of them was not to be had. `memory`: role and id of a process ▸
+    [{at, rss_mb}], what it holds, without what it shares with others, in 10^6 bytes; empty if the service is elsewhere.
     """
 
     def __init__(self, host: str, key: str | None, runner: Runner) -> None:
@@ -63,13 +61,11 @@ class Observer:
         self.looks.append(Look(at, self._runner.user_count, parse(answer.text)))
 
     def weigh(self, at: float) -> None:
-        weights: Counter[str] = Counter()
         for process in psutil.process_iter(["cmdline", "name", "memory_info"]):
             if (role := role_of(process.info["cmdline"] or [], process.info["name"])) and process.info["memory_info"]:
                 memory = process.info["memory_info"]
-                weights[role] += memory.rss - memory.shared
-        for role, size in weights.items():
-            self.memory.setdefault(role, []).append({"at": at, "rss_mb": size / 1e6})
+                points = self.memory.setdefault(f"{role} {process.pid}", [])
+                points.append({"at": at, "rss_mb": (memory.rss - memory.shared) / 1e6})
 
 
 def role_of(command: list[str], name: str) -> str | None:

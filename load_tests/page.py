@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Callable, Mapping
 from html import escape
 from pathlib import Path
@@ -243,16 +244,19 @@ def knee(report: Report, axes: Axes) -> bool:
     if len(levels) < 2:
         return False
     users = [level["users"] for level in levels]
-    axes.plot(
-        users, [level["first_fragment_p95_s"] for level in levels], "o-", label="first fragment, 95th percentile (s)"
+    # At a level at which nobody saw a fragment there is none.
+    first, free = (
+        [math.nan if level[name] is None else level[name] for level in levels]
+        for name in ("first_fragment_p95_s", "stall_free_share")
     )
+    axes.plot(users, first, "o-", label="first fragment, 95th percentile (s)")
     if (limit := limit_of(report, "first_fragment_p95_s")) is not None:
         axes.axhline(limit, color=COLOURS[0], lw=1, ls="--")
     axes.set(xlabel="users", ylabel="seconds", ylim=(0, None))
     right = axes.twinx()
     right.spines["right"].set_visible(True)
     right.grid(visible=False)
-    right.plot(users, [level["stall_free_share"] for level in levels], "s-", color=COLOURS[1], label="without a stall")
+    right.plot(users, free, "s-", color=COLOURS[1], label="without a stall")
     if (limit := limit_of(report, "stall_free_share")) is not None:
         right.axhline(limit, color=COLOURS[1], lw=1, ls="--")
     right.set(ylabel="share of videos", ylim=(0, 1.05))

@@ -33,6 +33,9 @@ PIECE_BYTES = 1 << 14
 CONNECT_S, READ_S = 10.0, 600.0  # until a connection is there; until the next byte is, of a video that waits its turn
 TRIES, TRY_AGAIN_S = 30, 1.0  # of what is asked of a video that was accepted
 ENDED = ("completed", "failed", "cancelled")
+# A video may be made for so long after its viewer left. The service goes on for `unwatched_s`, 10, after a watcher was
+# seen last, which may be 5 s late; the rest is what it may take to hear of it.
+LEFT_S = 30.0
 
 video_ended = EventHook()
 """Fired with `video`, a Video as a dict, when a user is through with one, however it went."""
@@ -64,6 +67,7 @@ class Video:
     status: str = "unfinished"  # completed, cancelled, failed, refused, lost, unfinished
     accepted_s: float | None = None
     refused_s: float | None = None
+    again: bool = False  # it was refused, and the user came again: what they wanted is another Video too
     first_fragment_s: float | None = None
     deliver_s: float | None = None  # from asking for the finished file to its first fragment
     stalls: int = 0
@@ -71,8 +75,9 @@ class Video:
     cadence_s: list[float] = field(default_factory=list)
     left_at_s: float | None = None
     ended_s: float | None = None
+    prompt_changed: bool | None = None  # whether the service took the change of the prompt; None: nobody asked
     mismatch: bool = False  # its bytes were not those of the finished file
-    why: str | None = None  # it failed or was lost
+    why: str | None = None  # it failed, was lost, or had no answer
 
 
 def picture(rng: random.Random, size: str | None) -> bytes:
@@ -112,7 +117,12 @@ class Product(HttpUser):
         if keys[self.key] is not None:
             self.client.headers["Authorization"] = f"Bearer {keys[self.key]}"
         self.wanted: Wanted | None = None
+        self.refused: Visit | None = None  # not told of yet: whether they come again is not known
         self.pause_s = 0.0
+
+    def on_stop(self) -> None:
+        if self.refused is not None:
+            self.refused.tell()
 
     def wait_time(self) -> float:
         """Seconds until the next request: of thought, or as the service said when it refused the last one."""
@@ -122,6 +132,10 @@ class Product(HttpUser):
     def use(self) -> None:
         """One video, or being refused one: then the same is wanted again."""
         wanted = self.wanted = self.wanted or draw(self.rng, next(self.lengths), WEIGHTS)
+        if self.refused is not None:
+            self.refused.video.again = True
+            self.refused.tell()
+            self.refused = None
         begin = time.perf_counter()
         video = Video(
             at=begin - self.began,
@@ -138,6 +152,7 @@ class Product(HttpUser):
             self.wanted = None
         except Refused as refused:
             video.status, video.refused_s, self.pause_s = "refused", visit.now(), refused.retry_s
+            self.refused = visit
         except (Failed, BrokenFile) as error:
             self.wanted = None
             visit.broke(error)
@@ -145,7 +160,8 @@ class Product(HttpUser):
             visit.stopped()
             raise
         finally:
-            visit.tell()
+            if visit is not self.refused:
+                visit.tell()
 
 
 class Visit:
@@ -171,17 +187,19 @@ class Visit:
     # Asking
 
     @contextmanager
-    def asking(self, method: str, path: str, name: str, **more: Any) -> Iterator[ResponseContextManager]:
+    def asking(
+        self, method: str, path: str, name: str, allowed: tuple[int, ...] = (), **more: Any
+    ) -> Iterator[ResponseContextManager]:
         """The answer, whose body has not been read. In locust's statistics it is `name`; a 429 is no failure there.
 
-        Raises Failed if there is none, or no success, or the body is cut off or broken; Refused for a 429 to the
-        request for a video. One to a question about it is waited out.
+        Raises Failed if there is none, or neither a success nor one of `allowed`, or the body is cut off or broken;
+        Refused for a 429 to the request for a video. One to a question about it is waited out, unless it is allowed.
         """
         options = {"catch_response": True, "stream": True, "timeout": (CONNECT_S, READ_S), **more}
         while True:
             with self.client.request(method, path, name=f"{method} {name}", **options) as response:
                 try:
-                    if response.status_code == 429:
+                    if response.status_code == 429 and 429 not in allowed:
                         retry_s = float(response.headers["Retry-After"])
                         response.success()
                         if self.id is None:
@@ -189,7 +207,7 @@ class Visit:
                     else:
                         if response.error is not None:
                             raise response.error
-                        if not response.ok:
+                        if not response.ok and response.status_code not in allowed:
                             raise Failed(f"{response.status_code} {response.text:.200}")
                         yield response
                         response.success()
@@ -240,12 +258,13 @@ class Visit:
 
     @contextmanager
     def live(self, begin: int = 0) -> Iterator[ResponseContextManager]:
-        """The running video, from byte `begin` on."""
+        """The running video, from byte `begin` on, which may be a 416: there is no more."""
         headers = {"Range": f"bytes={begin}-"} if begin else {}
         name = "/content, resumed" if begin else "/content, live"
-        with self.asking("GET", f"/v1/videos/{self.id}/content", name, headers=headers) as response:
-            if begin and response.status_code != 206:
-                raise Failed(f"Range bytes={begin}- was answered with {response.status_code}; allowed: 206")
+        path, allowed = f"/v1/videos/{self.id}/content", (416,) if begin else ()
+        with self.asking("GET", path, name, allowed, headers=headers) as response:
+            if begin and response.status_code not in (206, 416):
+                raise Failed(f"Range bytes={begin}- was answered with {response.status_code}; allowed: 206, 416")
             yield response
 
     def fragments(self, response: ResponseContextManager) -> Iterator[int]:
@@ -297,8 +316,14 @@ class Visit:
 
     # The end
 
+    def broke_off(self) -> None:
+        """If more of the video was due, its viewer waits no longer for it."""
+        if self.reader.frames < round(self.wanted.seconds * FPS):
+            self.playout.broke_off(self.now() if self.video.ended_s is None else self.video.ended_s)
+
     def broke(self, error: Exception) -> None:
         """The video did not come: `failed` if it was not accepted or the service says that it failed, else `lost`."""
+        self.broke_off()
         self.video.status, self.video.why = "lost", str(error)
         if self.id is None:
             self.video.status = "failed"
@@ -310,7 +335,9 @@ class Visit:
 
     def stopped(self) -> None:
         """The run is over, and the video perhaps not. One that cannot be asked for any more is lost."""
+        self.broke_off()
         if self.id is None:
+            self.video.why = "the request for it had no answer when the stop timeout was over"
             return
         try:
             status = self.status_now()["status"]
@@ -342,14 +369,16 @@ def image(visit: Visit) -> None:
 
 
 def leave(visit: Visit) -> None:
-    """Has seen enough before the end; the service is to stop what nobody watches."""
+    """Has seen enough before the end; the service is to stop what nobody watches, unless it is nearly made."""
     with visit.asking("POST", "/v1/videos/stream", "/v1/videos/stream", json=visit.body()) as response:
         visit.accepted(response.headers["X-Video-Id"])
-        for count in visit.fragments(response):
-            if count >= visit.wanted.patience:
-                visit.video.left_at_s = visit.now()
-                break
+        until_patience_ends(visit, response)
     until_ended(visit)
+    video = visit.video
+    assert video.ended_s is not None and video.left_at_s is not None
+    after_s = video.ended_s - video.left_at_s
+    if video.status == "completed" and after_s > LEFT_S:
+        raise Failed(f"made to its end {after_s:.1f} s after its viewer left; allowed: cancelled, or in {LEFT_S:g} s")
 
 
 def poll(visit: Visit) -> None:
@@ -378,26 +407,34 @@ def prompt(visit: Visit) -> None:
 
 def change(visit: Visit) -> None:
     body = {"prompt": visit.wanted.later, "transition_chunks": 1}
-    path, name = f"/v1/videos/{visit.id}/prompt", "POST /v1/videos/{id}/prompt"
-    with visit.client.post(path, json=body, name=name, catch_response=True, timeout=CONNECT_S) as response:
-        if response.status_code in (409, 429):  # all of it is made already; or this key has asked enough
-            response.success()
+    path, name = f"/v1/videos/{visit.id}/prompt", "/v1/videos/{id}/prompt"
+    allowed = (409, 429)  # all of it is made already; or this key has asked enough
+    with visit.asking("POST", path, name, allowed, json=body, timeout=CONNECT_S) as response:
+        visit.video.prompt_changed = response.ok
 
 
 def come_back(visit: Visit) -> None:
     """Leaves in the middle, and comes back for the rest, if there is any."""
     visit.create()
     with visit.live() as response:
-        for count in visit.fragments(response):
-            if count >= visit.wanted.patience:
-                visit.video.left_at_s = visit.now()
-                break
+        until_patience_ends(visit, response)
     visit.stay()
-    visit.playout.came_back()
     if visit.wanted.patience * CHUNK_S < visit.wanted.seconds:
         with visit.live(visit.reader.size) as response:
-            visit.to_the_end(response)
+            if response.status_code == 416:  # the last fragments had come with the one at which they left
+                visit.reader.check_whole()
+            else:
+                visit.to_the_end(response)
     visit.seen()
+
+
+def until_patience_ends(visit: Visit, response: ResponseContextManager) -> None:
+    for count in visit.fragments(response):
+        if count >= visit.wanted.patience:
+            visit.video.left_at_s = visit.now()
+            visit.playout.went()
+            return
+    raise Failed(f"the stream ended with {visit.reader.frames} frames, before its viewer left")
 
 
 def until_ended(visit: Visit) -> None:

@@ -7,7 +7,7 @@ plain data, written as JSON; page.py makes a page of it.
 from __future__ import annotations
 
 import statistics
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,9 +22,9 @@ from load_tests.watching import CHUNK_S
 Videos = Sequence[Mapping[str, Any]]
 """As product.py's Video has them."""
 Memory = Mapping[str, Sequence[Mapping[str, float]]]
-"""Role of a process ▸ [{at, rss_mb}], as observing.py sees them."""
+"""Role and id of a process ▸ [{at, rss_mb}], as observing.py sees them."""
 KNEE = ("first_fragment_p95_s", "stall_free_share")  # beyond the knee one of these leaves the SLO
-SETTLED = 0.25  # memory is judged after this share of the run, when caches are full
+SETTLED = 0.25  # a process' memory is judged after this share of its time, when caches are full
 
 
 @dataclass(frozen=True)
@@ -97,21 +97,31 @@ def lost(run: Run) -> float:
     return sum(video["accepted_s"] is not None and video["status"] in ("failed", "lost") for video in run.videos)
 
 
+def not_accepted(run: Run) -> float:
+    return sum(video["accepted_s"] is None and video["status"] in ("failed", "unfinished") for video in run.videos)
+
+
+def changes_accepted(run: Run) -> float | None:
+    changes = each(run.videos, "prompt_changed")
+    return sum(changes) / len(changes) if changes else None
+
+
 def errors(run: Run) -> float:
     return sum(count for status, count in run.answers.items() if status == 0 or status >= 500)
 
 
 def growth(run: Run) -> float | None:
-    """The slope of a line through what all processes hold together, by least squares, in MB per minute."""
-    totals: dict[float, float] = defaultdict(float)
+    """The steepest of lines through what each process holds, by least squares, in MB per minute. Each for itself: of
+    several together one that dies would hide that others grow. One that was there for a short while has not settled."""
+    times = [point["at"] for points in run.memory.values() for point in points]
+    slopes = []
     for points in run.memory.values():
-        for point in points:
-            totals[point["at"]] += point["rss_mb"]
-    times = sorted(totals)
-    late = [at for at in times if at >= times[0] + SETTLED * (times[-1] - times[0])]
-    if len(late) < 3:
-        return None
-    return 60 * statistics.linear_regression(late, [totals[at] for at in late]).slope
+        begin, end = points[0]["at"], points[-1]["at"]
+        late = [point for point in points if point["at"] >= begin + SETTLED * (end - begin)]
+        if len(late) >= 3 and end - begin >= SETTLED * (max(times) - min(times)):
+            at, held = [point["at"] for point in late], [point["rss_mb"] for point in late]
+            slopes.append(60 * statistics.linear_regression(at, held).slope)
+    return max(slopes, default=None)
 
 
 def counted(status: str) -> Callable[[Run], float]:
@@ -156,6 +166,15 @@ MEASURES: dict[str, Measure] = {
         may_lack=True,
     ),
     "refused_share": Measure("of the requests for a video, those that got a 429", "share", "at most", refused_share),
+    "not_accepted": Measure(
+        "requests for a video that had no answer, or another one than acceptance or a 429",
+        "videos",
+        "at most",
+        not_accepted,
+    ),
+    "changes_accepted": Measure(
+        "of the changes of a prompt, those that were accepted", "share", "at least", changes_accepted
+    ),
     "lost": Measure(
         "videos that were accepted and failed, broke off, came wrong, or are not known any more",
         "videos",
@@ -176,7 +195,7 @@ MEASURES: dict[str, Measure] = {
         lambda run: sum(video["mismatch"] for video in run.videos),
     ),
     "rss_growth_mb_per_min": Measure(
-        "growth of what the service's processes on this machine hold, after the first quarter of the run",
+        "growth of what a process of the service on this machine holds, of the one that grows fastest",
         "MB/min",
         "at most",
         growth,
@@ -233,10 +252,10 @@ def knee(videos: Videos, looks: Sequence[Look], slo: Mapping[str, float]) -> dic
     rows: list[dict[str, Any]] = []
     largest, holds = None, True
     for users, asked in sorted(levels.items()):
+        if not any(video["priority"] == "realtime" for video in asked):
+            continue  # nobody wanted to watch anything then; if somebody did and saw nothing, the SLO was left
         run = Run(asked, {}, {})
         values = {name: MEASURES[name].value(run) for name in KNEE}
-        if any(value is None for value in values.values()):
-            continue  # nobody watched anything then: a step that was only passed through
         holds = holds and all(judged(name, slo[name], values[name]) for name in names)
         largest = users if holds else largest
         rows.append({"users": users, "videos": len(asked), **values})

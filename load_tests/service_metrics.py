@@ -17,9 +17,11 @@ Series = dict[str, float]
 
 BUSY = 0.85  # from this share of its time on, a part is what videos wait for
 WINDOW_S = 10.0  # of the run, in which a share is measured
+IDLE_S = 5.0  # so long at least no video has to run, for it to be known what a process does then
 PARTS = ("sampler", "vae", "text", "director", "ingress", "store")
 # step of a chunk ▸ the histogram of its seconds
 STEPS = {
+    "first_turn_s": "helios_first_turn_seconds",
     "turn_s": "helios_turn_seconds",
     "sample_s": "helios_sample_seconds",
     "decode_s": "helios_decode_seconds",
@@ -86,25 +88,45 @@ def mean(looks: Sequence[Look], series: str) -> float | None:
 
 def times(looks: Sequence[Look]) -> dict[str, float | None]:
     """Mean seconds of each step, of those that ended in the run, and processor seconds of Director and ingress for each
-    chunk committed. None: not counted, or there was none."""
+    chunk committed, without what they do when no video runs. None: not counted, or there was none."""
     steps = {
         step: ratio(increase(looks, f"{name}_sum"), increase(looks, f"{name}_count")) for step, name in STEPS.items()
     }
     chunks = increase(looks, CHUNKS)
-    ingress = [increase(looks, series) for series in labelled(looks, INGRESS_CPU)]
+    ingress = [worked(looks, series) for series in labelled(looks, INGRESS_CPU)]
     return steps | {
-        "director_s": ratio(increase(looks, DIRECTOR_CPU), chunks),
+        "director_s": ratio(worked(looks, DIRECTOR_CPU), chunks),
         "ingress_s": ratio(total(ingress), chunks),
     }
+
+
+def worked(looks: Sequence[Look], series: str) -> float | None:
+    """By how much a counter of processor seconds grew, without what it grows by when no video runs: as much in a second
+    as in those in which none did, if there were IDLE_S of them. None: it is not there."""
+    if increase(looks, series) is None:
+        return None
+    idle = idle_s = 0.0
+    for running, stretch in itertools.groupby(looks, lambda look: look.series.get(GAUGES["running"])):
+        if running == 0:
+            grew, seconds = growth(list(stretch), series)
+            idle, idle_s = idle + grew, idle_s + seconds
+    grew, seconds = growth(looks, series)
+    return max(0.0, grew - seconds * idle / idle_s) if idle_s >= IDLE_S else grew
+
+
+def growth(looks: Sequence[Look], series: str) -> tuple[float, float]:
+    """By how much a counter grew, and in how many seconds: from the first look that has it to the last."""
+    at = [look.at for look in looks if series in look.series]
+    return (increase(looks, series) or 0.0, at[-1] - at[0]) if at else (0.0, 0.0)
 
 
 def utilisation(looks: Sequence[Look]) -> dict[str, float | None]:
     """The share of the time in which each part was busy, of one replica of it.
 
-    Sampler: a video held it; VAE: it decoded, encoded, or read an input; text: it encoded a prompt. Director, ingress:
-    processor seconds in a second, since each is one event loop. Store: of the time of the videos that take turns, the
-    share in which they waited until something was stored. It has no replicas of which one could say that they are
-    busy; but if videos do nothing else than wait for it, it is what is short.
+    Sampler: a call was under way, as each look found it; VAE: it decoded, encoded, or read an input; text: it encoded a
+    prompt. Director, ingress: processor seconds in a second, since each is one event loop. Store: of the time of the
+    videos that take turns, the share in which they waited until something was stored. It has no replicas of which one
+    could say that they are busy; but if videos do nothing else than wait for it, it is what is short.
     """
     if len(looks) < 2:
         return dict.fromkeys(PARTS)
@@ -119,7 +141,7 @@ def utilisation(looks: Sequence[Look]) -> dict[str, float | None]:
     taking_turns = None if running is None else (running - (queued or 0.0)) * seconds
     stored = total([increase(looks, "helios_store_seconds_sum"), increase(looks, "helios_commit_seconds_sum")])
     return {
-        "sampler": share("samplers", "helios_turn_seconds"),
+        "sampler": ratio(mean(looks, GAUGES["sampling"]), mean(looks, GAUGES["samplers"])),
         "vae": share("vae_decoders", "helios_decode_seconds", "helios_encode_seconds", "helios_media_encode_seconds"),
         "text": share("text_encoders", "helios_text_encode_seconds"),
         "director": ratio(increase(looks, DIRECTOR_CPU), seconds),
@@ -132,9 +154,9 @@ def ingress_share(looks: Sequence[Look]) -> float | None:
     """Of the busiest one: each scrape is answered by one of them, which tells of itself alone."""
     shares = []
     for series in labelled(looks, INGRESS_CPU):
-        at = [look.at for look in looks if series in look.series]
-        if len(at) > 1:
-            shares.append((increase(looks, series) or 0.0) / (at[-1] - at[0]))
+        grew, seconds = growth(looks, series)
+        if seconds:
+            shares.append(grew / seconds)
     return max(shares, default=None)
 
 

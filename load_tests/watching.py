@@ -103,7 +103,7 @@ class Playout:
 
     `first_at`: when the first fragment was there, and playing began; `cadence`: seconds between two successive
     fragments; `stalls`, `stall_s`: how often, and how long in all, a fragment came later than the end of what was there
-    before it; `shown_until`: when all that is there has been played.
+    before it, or was still waited for when no more came; `shown_until`: when all that is there has been played.
     """
 
     first_at: float | None = None
@@ -127,6 +127,12 @@ class Playout:
         self.shown_until = max(at, self.shown_until) + seconds
         self._last_at = at
 
-    def came_back(self) -> None:
-        """The viewer had gone, and is there again: playing begins once more with the next fragment."""
+    def went(self) -> None:
+        """The viewer has gone. If they come back, playing begins once more with the next fragment."""
         self._last_at = None
+
+    def broke_off(self, at: float) -> None:
+        """No more comes, though more was due: a viewer who is there and has nothing left to play has waited for it."""
+        if self._last_at is not None and at > self.shown_until:
+            self.stalls += 1
+            self.stall_s += at - self.shown_until

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +39,10 @@ class _Counted:
 
 
 @contextmanager
-def listening(folder: Path, *models: str | dict[str, Any], **settings: Any) -> Iterator[Listening]:
+def listening(
+    folder: Path, *models: str | dict[str, Any], around: Callable[[ASGIApp], ASGIApp] = lambda app: app, **settings: Any
+) -> Iterator[Listening]:
+    """`around`: what stands before the service, and may answer in its place."""
     port, requests = free_port(), Counter[tuple[str, str]]()
     ready = threading.Event()
     told: list[Listening | BaseException] = []
@@ -48,7 +51,7 @@ def listening(folder: Path, *models: str | dict[str, Any], **settings: Any) -> I
     async def run() -> None:
         try:
             async with serving(folder, *models, **settings) as service:
-                app = _Counted(service.app, requests)
+                app = _Counted(around(service.app), requests)
                 options = uvicorn.Config(app, port=port, log_config=None, lifespan="off", timeout_graceful_shutdown=1)
                 server.append(uvicorn.Server(options))
                 serve = asyncio.create_task(server[0]._serve())  # without its signal handlers, which a thread has not

@@ -23,6 +23,7 @@ VIDEO: dict[str, Any] = {
     "status": "completed",
     "accepted_s": 0.1,
     "refused_s": None,
+    "again": False,
     "first_fragment_s": 1.0,
     "deliver_s": None,
     "stalls": 0,
@@ -30,6 +31,7 @@ VIDEO: dict[str, Any] = {
     "cadence_s": [1.0, 0.375],
     "left_at_s": None,
     "ended_s": 2.5,
+    "prompt_changed": None,
     "mismatch": False,
     "why": None,
 }
@@ -91,6 +93,13 @@ def test_only_what_was_accepted_can_be_lost() -> None:
     assert value("unfinished", *videos) == 1
     never = [VIDEO | {"status": status, "accepted_s": None} for status in ("failed", "unfinished")]
     assert value("lost", *never) == value("unfinished", *never) == 0
+    assert value("not_accepted", *never, *videos, REFUSED) == 2
+
+
+def test_changes_of_a_prompt_are_counted_of_those_who_wanted_one() -> None:
+    videos = [VIDEO | {"prompt_changed": changed} for changed in (True, False, False, None, True, False)]
+    assert value("changes_accepted", *videos) == 2 / 5
+    assert value("changes_accepted", VIDEO) is None
 
 
 def test_errors_are_answers_of_500_and_above_and_none_at_all() -> None:
@@ -101,8 +110,12 @@ def test_memory_is_judged_when_it_has_settled() -> None:
     def points(*sizes: float) -> list[dict[str, float]]:
         return [{"at": 15.0 * k, "rss_mb": size} for k, size in enumerate(sizes)]
 
-    grows = {"A": points(0, 100, 101, 102, 103), "B": points(50, 50, 52, 54, 56)}  # 1 and 2 MB in 15 s
-    assert value("rss_growth_mb_per_min", memory=grows) == pytest.approx(12.0)
+    grows = {"A 1": points(0, 100, 101, 102, 103), "B 2": points(50, 50, 52, 54, 56)}  # 1 and 2 MB in 15 s
+    assert value("rss_growth_mb_per_min", memory=grows) == pytest.approx(8.0)
+    dies = {"B 3": points(500, 500, 500)}
+    assert value("rss_growth_mb_per_min", memory=grows | dies) == pytest.approx(8.0)
+    begun = {"B 4": [{"at": 50.0 + k, "rss_mb": 100.0 * k} for k in range(10)]}  # not there for a quarter of the minute
+    assert value("rss_growth_mb_per_min", memory=grows | begun) == pytest.approx(8.0)
     flat = {"A": points(0, 100, 100, 100, 100)}
     assert value("rss_growth_mb_per_min", memory=flat) == pytest.approx(0.0)
     assert value("rss_growth_mb_per_min", memory={}) is None
@@ -172,6 +185,23 @@ def test_the_knee_is_the_last_number_of_users_before_it_leaves_the_slo() -> None
     assert knee(videos, looks, {"lost": 0.0}) is None
     strict = knee(videos, looks, {"first_fragment_p95_s": 0.5})
     assert strict is not None and strict["users"] is None
+
+
+def test_where_nobody_sees_what_they_want_to_watch_is_beyond_the_knee(tmp_path: Path) -> None:
+    looks = [Look(float(at), 1 + at // 10, {}) for at in range(40)]
+    nothing: dict[str, Any] = {"first_fragment_s": None, "cadence_s": [], "status": "unfinished"}
+    batch = {"kind": "poll", "priority": "batch", "first_fragment_s": None}
+    videos = [VIDEO | {"at": 10.0 * level + 3} | more for level, more in enumerate([{}, batch, nothing, {}])]
+    slo = {"first_fragment_p95_s": 4.0}
+    found = knee(videos, looks, slo)
+    assert found is not None and found["users"] == 1
+    assert [(level["users"], level["first_fragment_p95_s"]) for level in found["levels"]] == [
+        (1, 1.0),
+        (3, None),
+        (4, 1.0),
+    ]
+    page.write(report.make(SETTING, videos, {}, looks, {}, slo), tmp_path)
+    assert "The knee" in (tmp_path / "report.html").read_text()
 
 
 def test_the_page_has_every_limit_and_a_plot_of_what_there_is(tmp_path: Path) -> None:

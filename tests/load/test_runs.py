@@ -5,11 +5,15 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
+
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.cli import free_port
 from load_tests.wanted import WEIGHTS, draw, rng_of
@@ -17,7 +21,7 @@ from tests.deployments.listening import Listening, listening
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--size", "64x64", "--preset", "realtime", "--think", "0.2", "--stop-timeout", "60"]
-SLO = "completed: 1\nlost: 0\nunfinished: 0\nerrors_5xx: 0\nrange_mismatches: 0\nrefusal_p99_s: 60\n"
+SLO = "completed: 1\nnot_accepted: 0\nlost: 0\nunfinished: 0\nerrors_5xx: 0\nrange_mismatches: 0\nrefusal_p99_s: 60\n"
 SLOW_S = 3.0  # of sampling one chunk, which is 1.375 s of video
 FAST_ENOUGH = "realtime_factor_p50: 1\n"
 
@@ -88,6 +92,7 @@ def test_users_of_every_kind_pass_and_the_report_has_every_video(tmp_path: Path)
         assert there == sorted(there)
         if video["kind"] in ("watch", "prompt", "image"):
             assert len(video["cadence_s"]) == 1 and all(at is not None for at in times)
+        assert (video["prompt_changed"] is not None) == (video["kind"] == "prompt")
     returned = [video for video in videos if video["kind"] == "return"]
     assert all(video["left_at_s"] is not None and video["deliver_s"] is not None for video in returned)
     assert report["times"]["sample_s"] > 0 and 0 < report["utilisation"]["vae"] <= 1
@@ -102,7 +107,7 @@ def test_a_slowed_service_fails_and_who_is_refused_comes_again(tmp_path: Path) -
     with listening(tmp_path, slowed, testing=True, admission=room) as service:
         service.service.graph.at_once = 1
         arguments = options(service.url, tmp_path, 2, seed_of("watch", "watch"), SLO + FAST_ENOUGH)
-        status, out = ended(locust(*arguments, "--run-time", "2", "--seconds", "2.75"))
+        status, out = ended(locust(*arguments, "--run-time", "8", "--seconds", "2.75"))
     report = read(tmp_path)
     assert status == 1, out
     assert [row["name"] for row in report["slo"] if not row["passed"]] == ["realtime_factor_p50"], out
@@ -110,6 +115,11 @@ def test_a_slowed_service_fails_and_who_is_refused_comes_again(tmp_path: Path) -
     refused = [video for video in report["videos"] if video["status"] == "refused"]
     assert refused and all(video["refused_s"] is not None and video["accepted_s"] is None for video in refused)
     assert report["answers"]["429"] == len(refused)
+    for video in refused:
+        later = [other for other in report["videos"] if other["key"] == video["key"] and other["at"] > video["at"]]
+        assert video["again"] == bool(later)
+        assert all((other["kind"], other["seconds"]) == (video["kind"], video["seconds"]) for other in later[:1])
+    assert any(video["again"] for video in refused)
 
 
 def test_what_is_still_made_when_the_stop_timeout_is_over_is_unfinished_and_not_lost(tmp_path: Path) -> None:
@@ -121,6 +131,73 @@ def test_what_is_still_made_when_the_stop_timeout_is_over_is_unfinished_and_not_
     assert status == 1, out
     assert [video["status"] for video in report["videos"]] == ["unfinished"]
     assert (report["summary"]["unfinished"], report["summary"]["lost"]) == (1, 0)
+
+
+def test_a_service_that_answers_nothing_has_accepted_nothing(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        url = f"http://127.0.0.1:{deaf.getsockname()[1]}"
+        arguments = options(url, tmp_path, 1, seed_of("watch"), "not_accepted: 0\n")
+        status, out = ended(locust(*arguments, "--run-time", "1", "--stop-timeout", "1"))
+    report = read(tmp_path)
+    assert status == 1, out
+    assert [(video["status"], video["accepted_s"]) for video in report["videos"]] == [("unfinished", None)]
+    assert "no answer" in report["videos"][0]["why"]
+    assert (report["summary"]["not_accepted"], report["summary"]["errors_5xx"]) == (1, 0)
+
+
+def test_videos_of_a_key_that_is_not_known_are_not_accepted(tmp_path: Path) -> None:
+    (tmp_path / "keys.json").write_text('{"keys": []}')
+    with listening(tmp_path, keys=str(tmp_path / "keys.json")) as service:
+        arguments = options(service.url, tmp_path, 1, seed_of("watch"))
+        status, out = ended(locust(*arguments, "--run-time", "1"))
+    report = read(tmp_path)
+    assert status == 1, out
+    assert report["summary"]["not_accepted"] == len(report["videos"]) == report["answers"]["401"]
+    assert (report["summary"]["lost"], report["summary"]["errors_5xx"]) == (0, 0)
+
+
+def test_a_change_that_the_service_does_not_know_of_is_a_failure(tmp_path: Path) -> None:
+    def without_changes(app: ASGIApp) -> ASGIApp:
+        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+            changes = scope["type"] == "http" and scope["path"].endswith("/prompt")
+            await (Response(status_code=404) if changes else app)(scope, receive, send)
+
+        return answer
+
+    with listening(tmp_path, around=without_changes) as service:
+        arguments = options(service.url, tmp_path, 1, seed_of("prompt"))
+        status, out = ended(locust(*arguments, "--run-time", "1", "--seconds", "2.75"))
+    report = read(tmp_path)
+    assert status == 1, out
+    changed = [video for video in report["videos"] if video["kind"] == "prompt"]
+    assert changed and all(video["status"] == "lost" and "404" in video["why"] for video in changed)
+
+
+def test_who_has_the_whole_file_when_they_leave_comes_back_for_nothing(tmp_path: Path) -> None:
+    def at_once(app: ASGIApp) -> ASGIApp:
+        """Bodies come in one piece, at their end."""
+
+        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+            body = bytearray()
+
+            async def kept(message: Message) -> None:
+                body.extend(message.get("body", b""))
+                if message["type"] != "http.response.body":
+                    await send(message)
+                elif not message.get("more_body"):
+                    await send({"type": "http.response.body", "body": bytes(body)})
+
+            await app(scope, receive, kept)
+
+        return answer
+
+    with listening(tmp_path, around=at_once) as service:
+        arguments = options(service.url, tmp_path, 1, seed_of("return"))
+        status, out = ended(locust(*arguments, "--run-time", "1", "--seconds", "1.4"))
+    report = read(tmp_path)
+    assert report["answers"]["416"] >= 1
+    assert status == 0, out
+    assert {video["status"] for video in report["videos"] if video["kind"] == "return"} == {"completed"}
 
 
 def test_the_report_of_two_workers_has_the_videos_of_both(tmp_path: Path) -> None:

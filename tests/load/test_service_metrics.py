@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,6 @@ from load_tests.wanted import WEIGHTS, draw, rng_of
 
 # part ▸ the counter of its work
 WORK = {
-    "sampler": "helios_turn_seconds_sum",
     "vae": "helios_decode_seconds_sum",
     "text": "helios_text_encode_seconds_sum",
     "director": "helios_director_cpu_seconds_total",
@@ -27,7 +27,8 @@ def run(running: float = 4.0, replicas: int = 1, seconds: int = 30, **busy: floa
 
     def at(second: int) -> Series:
         return {
-            **{WORK[part]: share * second for part, share in busy.items()},
+            **{WORK[part]: share * second for part, share in busy.items() if part != "sampler"},
+            "helios_sampling": busy.get("sampler", 0.0),
             **{f'helios_replicas{{part="{part}"}}': replicas for part in ("sampler", "vae_decoder", "text_encoder")},
             "helios_videos_running": running,
             "helios_videos_queued": 0.0,
@@ -97,10 +98,7 @@ def test_nothing_is_short_where_nobody_waits() -> None:
 
 def test_the_bottleneck_is_that_of_the_time_in_which_videos_waited() -> None:
     calm, rush = run(running=1.0, seconds=100, sampler=0.1), run(running=8.0, seconds=30, sampler=0.95)
-    later = [
-        Look(look.at + 100, 8, look.series | {WORK["sampler"]: 10 + look.series[WORK["sampler"]]}) for look in rush
-    ]
-    found = bottleneck([*calm, *later])
+    found = bottleneck([*calm, *(replace(look, at=look.at + 100) for look in rush)])
     assert found.part == "sampler" and found.share == pytest.approx(0.95)
 
 
@@ -115,6 +113,37 @@ def test_means_are_of_what_ended_in_the_run() -> None:
 
     found = times([Look(0.0, 1, at(100.0, 10)), Look(60.0, 1, at(130.0, 30))])
     assert (found["sample_s"], found["director_s"], found["media_s"]) == (1.5, 0.15, None)
+
+
+def test_what_a_process_does_when_no_video_runs_is_not_a_chunks() -> None:
+    """It takes 0.2 s of a processor in each second, and 0.05 s more for each of two chunks in each of 20."""
+
+    def looks(idle: int) -> list[Look]:
+        def at(second: int) -> Series:
+            worked = max(0, min(20, second - idle))
+            busy = 0 < second - idle <= 20
+            cpu = 0.2 * second + 0.1 * worked
+            return {
+                "helios_videos_running": float(busy),
+                "helios_chunks_committed_total": 2.0 * worked,
+                "helios_director_cpu_seconds_total": cpu,
+                'helios_ingress_cpu_seconds_total{process="a:1"}': cpu,
+            }
+
+        return [Look(float(second), 1, at(second)) for second in range(idle + 21)]
+
+    for name in ("director_s", "ingress_s"):
+        assert times(looks(10))[name] == pytest.approx(0.05)
+        assert times(looks(4))[name] == pytest.approx((0.2 * 24 + 0.1 * 20) / 40)  # too short to know
+
+
+def test_a_videos_first_turn_is_told_apart() -> None:
+    looks = [
+        Look(0.0, 1, {}),
+        Look(1.0, 1, {"helios_first_turn_seconds_sum": 1.0, "helios_first_turn_seconds_count": 1.0}),
+        Look(2.0, 1, {"helios_first_turn_seconds_sum": 5.0, "helios_first_turn_seconds_count": 3.0}),
+    ]
+    assert (times(looks)["first_turn_s"], times(looks)["turn_s"]) == (2.0, None)
 
 
 def test_a_row_tells_how_busy_the_last_seconds_were() -> None:

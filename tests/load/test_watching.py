@@ -92,7 +92,24 @@ def test_a_fragment_that_comes_just_as_the_last_ends_is_in_time() -> None:
 def test_who_was_away_did_not_wait() -> None:
     playout = Playout()
     playout.arrived(1.0, 1.0)
-    playout.came_back()
+    playout.went()
     playout.arrived(9.0, 1.0)
     playout.arrived(10.5, 1.0)
     assert (playout.first_at, playout.stalls, playout.stall_s, playout.cadence) == (1.0, 1, 0.5, [1.5])
+
+
+@pytest.mark.parametrize(("at", "stalls", "stall_s"), [(1.5, 0, 0.0), (2.0, 0, 0.0), (7.0, 1, 5.0)])
+def test_who_waits_for_a_fragment_that_never_comes_has_stalled(at: float, stalls: int, stall_s: float) -> None:
+    playout = Playout()
+    playout.arrived(1.0, 1.0)
+    playout.broke_off(at)
+    assert (playout.stalls, playout.stall_s) == (stalls, stall_s)
+
+
+def test_who_has_gone_or_has_seen_nothing_yet_does_not_wait() -> None:
+    gone, not_begun = Playout(), Playout()
+    gone.arrived(1.0, 1.0)
+    gone.went()
+    for playout in (gone, not_begun):
+        playout.broke_off(9.0)
+        assert playout.stalls == 0
