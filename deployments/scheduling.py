@@ -216,5 +216,7 @@ class Queue:
             if all(place.owner != owner for place in self._waiting.values()):
                 self._taken.pop(owner, None)
 
-    def _order(self, now: float) -> Iterator[Waiting]:
+    def _order(self, now: float) -> Iterable[Waiting]:
+        if len(self._waiting) == 1:  # as it is where there are samplers enough
+            return list(self._waiting.values())
         return in_order(self._waiting.values(), self._taken, self._since_batch, now)

@@ -7,6 +7,7 @@ takes time, of which `Times` says how long.
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
 from collections import defaultdict, deque
@@ -113,24 +114,14 @@ def simulate(
 class _Pool:
     """Replicas that take the calls of all videos in turn, each one at a time."""
 
-    def __init__(self, service: _Service, replicas: int) -> None:
-        self._service, self._free = service, replicas
-        self._waiting: deque[tuple[float, Callable[[], None]]] = deque()
+    def __init__(self, replicas: int) -> None:
+        self._free_at = [0.0] * replicas
 
-    def call(self, seconds: float, done: Callable[[], None]) -> None:
-        if self._free:
-            self._free -= 1
-            self._service.after(seconds, self._ended, done)
-        else:
-            self._waiting.append((seconds, done))
-
-    def _ended(self, done: Callable[[], None]) -> None:
-        if self._waiting:
-            seconds, next_done = self._waiting.popleft()
-            self._service.after(seconds, self._ended, next_done)
-        else:
-            self._free += 1
-        done()
+    def call(self, seconds: float, now: float) -> float:
+        """A call that is made now and takes so long: when it is over."""
+        over = max(now, self._free_at[0]) + seconds
+        heapq.heapreplace(self._free_at, over)
+        return over
 
 
 class _Service:
@@ -141,20 +132,28 @@ class _Service:
         self._videos_per_sampler, self._queued = videos_per_sampler, queued
         self._env = simpy.Environment()
         self.turns, self.entrance = scheduling.Queue(), scheduling.Queue()
-        self.text_encoders, self.vae_decoders = _Pool(self, fleet.text_encoders), _Pool(self, fleet.vae_decoders)
+        self.text_encoders, self.vae_decoders = _Pool(fleet.text_encoders), _Pool(fleet.vae_decoders)
         self._samplers = self._wanted = fleet.samplers
         self.videos: dict[str, _Video] = {}  # that were taken in and have not ended
         self.outcome = Outcome()
         self._coming, self._open = True, 0  # _open: requests that came and have not ended, refused ones too
         self._ids = itertools.count()
+        self._hour, self._hour_ends = Hour(), 0.0
 
     @property
     def now(self) -> float:
-        return float(self._env.now)
+        now: float = self._env.now
+        return now
 
     @property
     def hour(self) -> Hour:
-        return self.outcome.hours[int(self._env.now // HOUR_S)]
+        if self._env.now >= self._hour_ends:
+            number = int(self._env.now // HOUR_S)
+            self._hour, self._hour_ends = self.outcome.hours[number], (number + 1) * HOUR_S
+        return self._hour
+
+    def at(self, when: float, what: Callable[[], None]) -> None:
+        self.after(when - self.now, what)
 
     def after(self, seconds: float, what: Callable[..., None], *args: Any) -> None:
         """Does something later, or now if that is no time at all."""
@@ -271,13 +270,13 @@ class _Video:
         times, service = self._service.times, self._service
         self._inside = True
         service.hour.encoding_s += times.text_s
-        service.text_encoders.call(times.text_s, self._encoded)
+        service.at(service.text_encoders.call(times.text_s, service.now), self._encoded)
 
     def _encoded(self) -> None:
-        service = self._service
+        service, media_s = self._service, self._service.times.media_s
         if self.asked.image and not self._over:
-            service.hour.rendering_s += service.times.media_s
-            service.vae_decoders.call(service.times.media_s, self._want)
+            service.hour.rendering_s += media_s
+            service.at(service.vae_decoders.call(media_s, service.now), self._want)
         else:
             self._want()
 
@@ -318,11 +317,8 @@ class _Video:
     def _render(self) -> None:
         times, service = self._service.times, self._service
         service.hour.rendering_s += times.render_s
-        service.vae_decoders.call(times.render_s, self._rendered)
+        service.at(service.vae_decoders.call(times.render_s, service.now) + times.store_s, self._commit)
         self._want()
-
-    def _rendered(self) -> None:
-        self._service.after(self._service.times.store_s, self._commit)
 
     def _commit(self) -> None:
         if self._over:
