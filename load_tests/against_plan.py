@@ -26,7 +26,7 @@ models: [{{model: demo, sampler: {{min_replicas: {0}, max_replicas: {0}, min_chu
 VIDEOS = ["--size", "128x128", "--preset", "realtime", "--seconds", "2.75,5.5,11"]
 THROUGHPUT, P50, P95 = "seconds of video made a second", "first fragment p50, s", "first fragment p95, s"
 MOST = {THROUGHPUT: 0.10, P50: 0.25, P95: 0.25}  # by so much the simulation may be off
-ALONE = ["--users", "1", "--run-time", "50s", "--think", "2"]
+ALONE = ["--users", "1", "--run-time", "40s", "--think", "2"]
 FIGURES = {"burst": (THROUGHPUT,), "steady": (THROUGHPUT, P50, P95)}
 
 
@@ -35,8 +35,8 @@ def main() -> int:
     times = load("alone", 1, ALONE)
     rows = []
     for samplers in SAMPLERS:
-        users = {"burst": 8 * samplers, "steady": 2 * samplers}
-        options = {"burst": ["--run-time", "5s", "--spawn-rate", "100"], "steady": ["--run-time", "120s"]}
+        users = {"burst": 4 * samplers, "steady": 2 * samplers}
+        options = {"burst": ["--run-time", "5s", "--spawn-rate", "100"], "steady": ["--run-time", "100s"]}
         for kind, figures in FIGURES.items():
             chosen = ["--users", str(users[kind]), "--stop-timeout", "300", *options[kind]]
             compared = replay(load(f"{kind}-{samplers}", samplers, chosen), times)
