@@ -21,8 +21,7 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 Priority = Literal["realtime", "batch"]
 BATCH_EVERY = 10
@@ -30,8 +29,7 @@ BATCH_EVERY = 10
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Waiting:
+class Waiting(NamedTuple):
     """A video that wants a chunk now. `deadline`: when its viewer runs out, in seconds by the event loop's clock;
     `turns`: how many it has taken; `asked`: its place in the order of all askings and turns."""
 
@@ -43,8 +41,7 @@ class Waiting:
     asked: int
 
 
-@dataclass(frozen=True)
-class Taken:
+class Taken(NamedTuple):
     """What an owner has taken. `last`: the place of its last turn in the order of all askings and turns, or of its
     asking if it is a newcomer; `since_batch`: its turns since the last one of a batch video; `round_`: the round that
     its videos are in, which never falls, and goes on with the turn of whichever has taken the most, or of a new one."""
