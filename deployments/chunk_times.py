@@ -84,13 +84,13 @@ SERVICE = Times(
     turn_s=0.02,
     first_turn_s=0.02,
     render_s=0.02,
-    store_s=0.02,
+    store_s=0.01,
     text_s=0.03,
     media_s=0.1,
     accept_s=0.05,
-    deliver_s=0.05,
-    director_s=0.02,
-    ingress_s=0.005,
+    deliver_s=0.03,
+    director_s=0.04,
+    ingress_s=0.03,
 )
 
 

@@ -58,7 +58,10 @@ def plan(
         plans = dict(zip(named, pool.map(planned, configs), strict=True))
     first = plans["as asked"]
     _tell(first)
-    console.print(f"planned in {time.perf_counter() - began:.0f} s", style="dim")
+    took = (
+        f"one cell's day simulated in {first.simulated_in_s:.0f} s, all planned in {time.perf_counter() - began:.0f} s"
+    )
+    console.print(took, style="dim")
     if what_if:
         _compare(plans)
     if plot is not None:
