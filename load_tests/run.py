@@ -14,7 +14,7 @@ from pathlib import Path
 from load_tests.figures import running_service, stream
 
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
-STEADY = ["--users", "4", "--spawn-rate", "1", "--run-time", "3m", "--preset", "realtime"]
+STEADY = ["--users", "2", "--spawn-rate", "1", "--run-time", "3m", "--preset", "realtime"]
 
 
 def main() -> int:
