@@ -120,7 +120,7 @@ def test_a_video_that_waits_for_its_turn_or_for_viewers_ends_at_its_deadline(
         assert (ahead.status, ahead.error, len(ahead.chunks)) == ("failed", LEFT, 1)
         assert clock() == 4.5
         assert (await over(world)).status == "completed"
-        assert world.director._turns["random"]._taken == {}
+        assert world.director._turns["random"]._queue._taken == {}
 
     run(monkeypatch, test())
 

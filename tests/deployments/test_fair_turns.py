@@ -10,7 +10,7 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ def test_realtime_goes_by_the_earliest_deadline_and_who_is_late_is_as_late_as_an
     assert order(later, soon) == "a1 a2"
     late, very_late = video("a3", deadline=9.0, turns=1, asked=2), video("a4", deadline=1.0, turns=2)
     assert order(later, soon, very_late, late) == "a3 a4 a1 a2"
-    assert order(late, replace(very_late, turns=1, asked=3)) == "a3 a4"
+    assert order(late, very_late._replace(turns=1, asked=3)) == "a3 a4"
 
 
 def test_batch_goes_by_turns() -> None:

@@ -93,7 +93,8 @@ def test_more_traffic_steps_or_slower_chips_take_more(small: Plan) -> None:
 
 def test_a_change_in_the_directors_scheduling_changes_the_plan(small: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here: one turn at a time, however many samplers there are."""
-    monkeypatch.setattr(scheduling, "granted", lambda order, sampling, samplers: [next(order)] if sampling == 0 else [])
+    granted = scheduling.granted
+    monkeypatch.setattr(scheduling, "granted", lambda order, sampling, samplers: granted(order, sampling, 1))
     monkeypatch.setattr(planning, "MOST_SAMPLERS", 4)
     with pytest.raises(Unreachable):
         plan(config())

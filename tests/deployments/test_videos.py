@@ -6,7 +6,9 @@ import asyncio
 
 import prometheus_client
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
+from deployments.metrics import INGRESS_CPU
 from deployments.records import VideoStatus
 from deployments.schemas import video_object
 from tests.deployments.conftest import LocalService
@@ -113,7 +115,11 @@ async def test_a_refused_request_is_no_error_of_its_span(service: LocalService) 
     assert (span["status"]["status_code"], span["attributes"]) == ("UNSET", about)
 
 
-async def test_metrics_are_the_directors(service: LocalService) -> None:
+async def test_metrics_are_the_directors_and_the_ingresss_processor_time(service: LocalService) -> None:
+    def names(text: str) -> list[str]:
+        return [family.name for family in text_string_to_metric_families(text)]
+
     answer = await service.http.get("/metrics")
-    assert answer.content == await service.director.metrics()
+    directors = names((await service.director.metrics()).decode())
+    assert names(answer.text) == [*directors, INGRESS_CPU.name.removesuffix("_total")]
     assert answer.headers["content-type"] == prometheus_client.CONTENT_TYPE_LATEST
