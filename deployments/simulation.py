@@ -24,7 +24,6 @@ from deployments.scheduling import Priority
 from helios_core.config import CHUNK_FRAMES
 
 HOUR_S = 3600.0
-AGAIN_S = 60.0  # after so long a batch video that was refused is asked for again
 
 Status = Literal["completed", "refused", "left", "unfinished"]
 
@@ -136,7 +135,8 @@ class _Service:
         self._samplers = self._wanted = fleet.samplers
         self.videos: dict[str, _Video] = {}  # that were taken in and have not ended
         self.outcome = Outcome()
-        self._coming, self._open = True, 0  # _open: requests that came and have not ended, refused ones too
+        self._coming, self._open = True, 0  # _open: requests that came and have not ended
+        self._outside: deque[_Video] = deque()  # batch that found no room
         self._ids = itertools.count()
         self._hour, self._hour_ends = Hour(), 0.0
 
@@ -213,6 +213,7 @@ class _Service:
     def _started(self) -> None:
         if self._samplers < self._wanted:
             self._samplers += 1
+            self._let_in()
             self.grant_room()
             self.grant()
 
@@ -224,7 +225,7 @@ class _Service:
         request = video.asked
         if not scheduling.has_room(len(self.videos), self.places(), self._queued):
             if request.priority == "batch":
-                self.after(AGAIN_S, self.enter, video)
+                self._outside.append(video)  # its client comes again until there is room
             else:
                 self.ended(Seen(request, "refused"))
             return
@@ -238,6 +239,13 @@ class _Service:
         self._open -= 1
         self.outcome.seen.append(seen)
         self.outcome.until = max(self.outcome.until, self.now)
+        if seen.status != "refused":
+            self._let_in()
+
+    def _let_in(self) -> None:
+        """Those who came before there was room for them."""
+        while self._outside and scheduling.has_room(len(self.videos), self.places(), self._queued):
+            self.enter(self._outside.popleft())
 
     def grant_room(self) -> None:
         for video_id in self.entrance.grant(self.places(), self.now):
