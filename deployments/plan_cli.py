@@ -46,7 +46,7 @@ def plan(
             raise InvalidInput("--replay", str(replay), "no FILE, --set, --what-if or --plot beside it")
         _replay(replay, times or replay, json_file)
         return
-    from deployments.planning import PlanConfig
+    from deployments.plan_config import PlanConfig
     from deployments.planning import plan as planned
 
     source = str(file or "the command line")
