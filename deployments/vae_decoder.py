@@ -12,11 +12,12 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from opentelemetry.trace import Span
 
 from deployments.config import AppConfig
+from deployments.golden import Golden
 from deployments.logs import log_with_serve
 from deployments.records import Call, ChunkRecord, Rendered, SampleReport, StoredObject, Timings
 from deployments.store import Store
@@ -29,7 +30,9 @@ from helios_core.media.read import read_clip, read_image
 from helios_core.spec import IMAGE_TO_VIDEO, VideoSpec
 from helios_core.state import StreamState
 from helios_core.vae.latents import decode_chunk, to_i420
-from helios_core.weights import load_vae, placement, use_threads, warm_up_vae
+from helios_core.weights import golden_frames, load_vae, placement, use_threads, warm_up_vae
+
+T = TypeVar("T")
 
 
 class VaeDecoder:
@@ -47,6 +50,8 @@ class VaeDecoder:
         self._tracer = Tracer("vae_decoder", config.trace_file)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="vae")
         self._thread.submit(warm_up_vae, checkpoint, self._vae).result()
+        golden = partial(golden_frames, checkpoint, self._vae)
+        self._golden = self._thread.submit(Golden, "vae_decoder", golden).result()
         self._watchdog = Watchdog(config.vae_decoder.max_call_seconds)
 
     def check_health(self) -> None:
@@ -59,7 +64,6 @@ class VaeDecoder:
         Raises InvalidInput if the file turns out to be broken, or to be something else than it was taken for.
         """
         with (
-            self._watchdog.watching(),
             self._tracer.span("encode input", call.traceparent, video_id=call.video_id, attempt=call.attempt),
             tempfile.NamedTemporaryFile(prefix="helios-input-") as file,
         ):
@@ -73,13 +77,17 @@ class VaeDecoder:
             else:
                 clip = await read_clip(path, spec.width, spec.height, self._uploads)
                 encode = partial(state_from_video, self._vae, clip.first_HWC, clip.tail_THWC, clip.frames, spec.seed)
-            state, seconds = await asyncio.get_running_loop().run_in_executor(self._thread, self._timed, encode)
+            state, seconds = await self._computed(partial(self._timed, spec, encode))
         yield state
         yield seconds
 
-    def _timed(self, encode: Callable[[], StreamState]) -> tuple[StreamState, float]:
+    def _timed(self, spec: VideoSpec, encode: Callable[[], StreamState]) -> tuple[StreamState, float]:
         begin = time.perf_counter()
-        return encode(), time.perf_counter() - begin
+        with self._watchdog.watching(("encode", spec.task, spec.width, spec.height)):
+            return encode(), time.perf_counter() - begin
+
+    async def _computed(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._golden.guard, work)
 
     async def render_chunk(
         self, call: Call, spec: VideoSpec, term: int, state: StreamState | StoredObject, sampled: SampleReport
@@ -91,15 +99,11 @@ class VaeDecoder:
         if isinstance(state, StoredObject):
             state = StreamState.from_bytes(await self._store.read(state.key))
         index, video_id = state.chunk_index - 1, call.video_id
-        with (
-            self._watchdog.watching(),
-            self._tracer.span(
-                "render", call.traceparent, video_id=video_id, chunk=index, attempt=call.attempt
-            ) as render,
-        ):
-            fragment, thumbnail, decode_seconds, encode_seconds = await asyncio.get_running_loop().run_in_executor(
-                self._thread, self._render, spec, state, render
-            )
+        with self._tracer.span(
+            "render", call.traceparent, video_id=video_id, chunk=index, attempt=call.attempt
+        ) as render:
+            work = partial(self._render, spec, state, render)
+            fragment, thumbnail, decode_seconds, encode_seconds = await self._computed(work)
             clock = time.perf_counter()
             with self._tracer.span("store", traceparent(render)):
                 # The fragment first: a stored state k then implies fragments 0 to k-1.
@@ -128,13 +132,14 @@ class VaeDecoder:
         """The chunk as a fragment, of the first one a thumbnail, and the seconds that decoding and encoding took."""
         begin = time.perf_counter()
         index = state.chunk_index - 1
-        with self._tracer.span("decode", traceparent(render)):
-            (frames,) = decode_chunk(self._vae, state.latents, to_i420)
-            frames = frames[: spec.frames_of_chunk(index)]
-        decoded = time.perf_counter()
-        with self._tracer.span("encode", traceparent(render)):
-            fragment = encode_fragment(
-                frames, chunk_index=index, first_frame=spec.first_frame_of_chunk(index), fps=spec.fps
-            )
-            thumbnail = encode_jpeg(frames[0]) if index == 0 else None
+        with self._watchdog.watching(("render", spec.width, spec.height)):
+            with self._tracer.span("decode", traceparent(render)):
+                (frames,) = decode_chunk(self._vae, state.latents, to_i420)
+                frames = frames[: spec.frames_of_chunk(index)]
+            decoded = time.perf_counter()
+            with self._tracer.span("encode", traceparent(render)):
+                fragment = encode_fragment(
+                    frames, chunk_index=index, first_frame=spec.first_frame_of_chunk(index), fps=spec.fps
+                )
+                thumbnail = encode_jpeg(frames[0]) if index == 0 else None
         return fragment, thumbnail, decoded - begin, time.perf_counter() - decoded
