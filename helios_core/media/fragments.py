@@ -72,6 +72,12 @@ def encode_jpeg(frame_RW: npt.NDArray[np.uint8]) -> bytes:
     return sink.getvalue()
 
 
+def to_rgb(frame_RW: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """One frame, I420 as above, as RGB for people: uint8 [H, W, 3]."""
+    pixels: npt.NDArray[np.uint8] = _frame(frame_RW).to_ndarray(format="rgb24")
+    return pixels
+
+
 def _check(frames_TRW: npt.NDArray[np.uint8], chunk_index: int) -> None:
     shape, dtype = frames_TRW.shape, frames_TRW.dtype
     if dtype != np.uint8:
