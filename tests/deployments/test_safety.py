@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import pickle
 import re
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import numpy as np
@@ -27,8 +28,18 @@ from deployments.config import AppConfig, ConfigError
 from deployments.content import objects_of
 from deployments.drafts import KEY
 from deployments.errors import CutOff
-from deployments.records import StoredObject
-from deployments.safety import ALLOW, AT_ONCE, Frames, Guard, SafetyHook, Verdict
+from deployments.records import Check, StoredObject
+from deployments.safety import (
+    ALLOW,
+    AT_ONCE,
+    ContentBlocked,
+    Frames,
+    Guard,
+    SafetyHook,
+    SafetyUnavailable,
+    Unsafe,
+    Verdict,
+)
 from deployments.store import Store
 from deployments.tracing import Tracer
 from helios_core.media.read import MediaInfo
@@ -52,8 +63,8 @@ class Hook(SafetyHook):
     """Blocks what a test put into `blocked`, raises or hangs where it says so. All of them share what is here."""
 
     blocked: frozenset[Asked] = frozenset()
-    asked: list[Asked] = []  # noqa: RUF012
-    infos: list[MediaInfo] = []  # noqa: RUF012
+    asked: ClassVar[list[Asked]] = []
+    infos: ClassVar[list[MediaInfo]] = []
     instead: Callable[[], Verdict] | None = None  # of an answer
 
     def check_prompt(self, prompt: str) -> Verdict:
@@ -104,7 +115,7 @@ def hang() -> Iterator[Callable[[], Verdict]]:
 @asynccontextmanager
 async def guarded(folder: Path, *models: str, **safety: Any) -> AsyncIterator[LocalService]:
     """A service with the hook, whose replicas write spans into the ingress's file."""
-    settings = {"hook": f"{__name__}:Hook", **safety}
+    settings = {"hook": f"{__name__}:Hook", "max_seconds": 60, **safety}
     async with serving(folder, *models, safety=settings, trace_file=str(folder / "spans")) as service:
         yield service
 
@@ -510,6 +521,13 @@ async def test_frames_that_cannot_be_checked_end_the_video(service: LocalService
     assert (await checks(service))["frames", "refused"] == 1
 
 
+@pytest.mark.parametrize("kind", [ContentBlocked, SafetyUnavailable])
+def test_what_does_not_pass_is_told_across_processes(kind: type[Unsafe]) -> None:
+    check = Check(part="frames", outcome="blocked", category="violence", seconds=0.5)
+    told = pickle.loads(pickle.dumps(kind("chunk 3", check)))  # noqa: S301 - our own bytes
+    assert (type(told), told.param, told.check, str(told)) == (kind, "chunk 3", check, str(kind("chunk 3", check)))
+
+
 async def test_where_it_may_fail_open_everything_passes_and_is_counted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -546,7 +564,7 @@ async def test_a_hook_that_takes_too_long_has_failed(tmp_path: Path, hang: Calla
 
 
 async def test_checks_that_hang_hold_so_many_threads_and_no_more(hang: Callable[[], Verdict]) -> None:
-    config = AppConfig().override(safety={"hook": f"{__name__}:Hook", "max_seconds": 0.2})
+    config = AppConfig().override(safety={"hook": f"{__name__}:Hook", "max_seconds": 1})
     assert config.safety is not None
     guard = Guard(config.safety, Tracer("test"))
     Hook.instead = hang
