@@ -18,6 +18,7 @@ from deployments.config import AppConfig, ConfigError, Pool, VaePool
 from deployments.graph import RENDERS_AT_ONCE, TEXTS_AT_ONCE, DirectorReplica, ModelHandles
 from deployments.ingress import Ingress
 from deployments.keys import read_keys
+from deployments.safety import hook_class
 from helios_core.checkpoints import Checkpoint
 from helios_core.errors import HeliosError
 
@@ -53,11 +54,13 @@ def build_app(config: AppConfig) -> tuple[Application, list[Pool]]:
     the pool of each deployment.
 
     Raises CheckpointError if a model cannot be opened, ConfigError if two have the same id, if the keys cannot be read,
-    or if strangers could come in. Weights are loaded by the replicas, each its own.
+    if there is no such safety hook, or if strangers could come in. Weights are loaded by the replicas, each its own.
     """
     config.check_door()
     if config.keys is not None:
         read_keys(Path(config.keys))  # here, so that a file that cannot be read is one clear message
+    if config.safety is not None:
+        hook_class(config.safety.hook)  # as above
     checkpoints = [Checkpoint.open(settings.model) for settings in config.models]
     ids = [checkpoint.card.id for checkpoint in checkpoints]
     if len(set(ids)) < len(ids):

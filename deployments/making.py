@@ -34,6 +34,7 @@ from deployments.records import (
     VideoRecord,
     VideoRequestRecord,
 )
+from deployments.safety import Unsafe
 from deployments.store import Store, StoreUnavailable
 from deployments.tracing import Tracer, ending, traceparent
 from deployments.turns import Turns
@@ -462,9 +463,16 @@ class Maker:
     ) -> None:
         async def attempt(number: int) -> Rendered:
             call = video.call(number, chunk)
-            async with self._alone(number):
-                with self._losses(video, "vae_decoder", "render", call):
-                    return await self._graph.render(call, video.request.spec, self._term, state, sampled)
+            try:
+                async with self._alone(number):
+                    with self._losses(video, "vae_decoder", "render", call):
+                        rendered = await self._graph.render(call, video.request.spec, self._term, state, sampled)
+            except Unsafe as error:
+                self._metrics.checked(error.check)
+                raise
+            if rendered.check is not None:
+                self._metrics.checked(rendered.check)
+            return rendered
 
         with ending(chunk):
             rendered = await self._retried(video, index, attempt)
