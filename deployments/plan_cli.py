@@ -179,7 +179,7 @@ def _met(target: float | None, value: float | None, missed: bool) -> str:
 
 
 def _short(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"
+    return "" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _finite(content: Any) -> Any:

@@ -21,7 +21,7 @@ from helios_core.config import CHUNK_FRAMES
 from helios_core.errors import HeliosError
 
 DIRECTOR_BUSY = 0.6  # the share of one core that a Director may need: its loop must answer while it works
-WINDOW_S = 1800.0  # of the busiest rate, which a fleet is judged by; longer where fewer videos come
+WINDOW_S = 7200.0  # of the busiest rate, which a fleet is judged by; longer where fewer videos come
 FEWEST_VIDEOS = 200  # in it
 LOADS = (0.5, 0.7, 0.85, 1.0, 1.1, 1.2, 1.35, 1.5)  # of the planned traffic, to find the knee
 MOST_SAMPLERS = 512  # of one cell
