@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export PROMPT ?= a red sun over a blue sea, drifting left
 
-.PHONY: demo serve test check format figures faults demo-scores fidelity demo-checkpoint manifests autoscaling load plan-check
+.PHONY: demo serve test check format figures faults fuzz demo-scores fidelity demo-checkpoint manifests autoscaling load plan-check
 
 demo: $(VENV)/run.stamp  ## start the service, stream one video into video.mp4, stop
 	$(BIN)/helios demo "$$PROMPT" -o video.mp4
@@ -27,6 +27,10 @@ format: $(VENV)/dev.stamp
 
 faults: $(VENV)/dev.stamp  ## every kill, ten seeded trials each
 	TRIALS=10 STALL_SECONDS=60 $(BIN)/python -m pytest --timeout 3600 $(addprefix tests/deployments/test_,faults.py restart.py slow_viewers.py)
+
+fuzz: $(VENV)/dev.stamp  ## 18,000 spoilt requests and 10,000 hostile prompts
+	FUZZ=18000 $(BIN)/python -m pytest --timeout 3600 -rA --log-level=WARNING tests/deployments/test_fuzz.py -k request
+	FUZZ=10000 $(BIN)/python -m pytest --timeout 3600 tests/deployments/test_fuzz.py -k prompt
 
 figures: $(VENV)/dev.stamp  ## every measured figure of the README, measured again
 	$(BIN)/python -m load_tests.figures
