@@ -10,6 +10,7 @@ the same in every run.
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import logging
 import os
@@ -179,21 +180,22 @@ def spoil_bytes(data: bytes, rng: random.Random) -> bytes:
 
 
 def spoil_json(body: bytes, rng: random.Random) -> bytes:
-    """One value replaced, taken away or added, somewhere in it."""
+    """Some values replaced, taken away or renamed, anywhere in it."""
     whole = [json.loads(body)]
-    places: list[tuple[Any, Any]] = [(whole, 0)]
-    for container, place in places:  # which grows
-        inner = container[place]
-        keys = inner if isinstance(inner, dict) else range(len(inner)) if isinstance(inner, list) else ()
-        places += [(inner, key) for key in keys]
-    container, place = rng.choice(places)
-    match rng.randrange(4):
-        case 0 if isinstance(container, dict):
-            container[rng.choice(TEXTS)] = container.pop(place)
-        case 1 if len(places) > 1 and container is not whole:
-            del container[place]
-        case _:
-            container[place] = rng.choice(VALUES)
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        places: list[tuple[Any, Any]] = [(whole, 0)]
+        for container, place in places:  # which grows
+            inner = container[place]
+            keys = inner if isinstance(inner, dict) else range(len(inner)) if isinstance(inner, list) else ()
+            places += [(inner, key) for key in keys]
+        container, place = rng.choice(places)
+        match rng.randrange(4):
+            case 0 if isinstance(container, dict):
+                container[rng.choice(TEXTS)] = container.pop(place)
+            case 1 if container is not whole:
+                del container[place]
+            case _:
+                container[place] = copy.deepcopy(rng.choice(VALUES))
     text = json.dumps(whole[0], ensure_ascii=rng.random() < 0.7)
     return text.encode("utf-8", "surrogatepass")
 
@@ -201,17 +203,18 @@ def spoil_json(body: bytes, rng: random.Random) -> bytes:
 def spoil_form(body: bytes, rng: random.Random) -> bytes:
     """Parts dropped, doubled or in another order, or with another text."""
     *parts, end = body.split(b"--b0undary")
-    at = rng.randrange(len(parts))
-    match rng.randrange(4):
-        case 0:
-            parts[at : at + 1] = []
-        case 1:
-            parts.append(parts[at])
-        case 2:
-            rng.shuffle(parts)
-        case 3:
-            head, _, _ = parts[at].partition(b"\r\n\r\n")
-            parts[at] = head + b"\r\n\r\n" + rng.choice(TEXTS).encode("utf-8", "surrogatepass") + b"\r\n"
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        at = rng.randrange(len(parts))
+        match rng.randrange(4):
+            case 0 if len(parts) > 1:
+                del parts[at]
+            case 1:
+                parts.insert(at, rng.choice(parts))
+            case 2:
+                rng.shuffle(parts)
+            case _:
+                head, _, _ = parts[at].partition(b"\r\n\r\n")
+                parts[at] = head + b"\r\n\r\n" + rng.choice(TEXTS).encode("utf-8", "surrogatepass") + b"\r\n"
     return b"--b0undary".join([*parts, end])
 
 
