@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import random
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
@@ -435,6 +436,31 @@ async def test_refusals_have_their_status(service: LocalService) -> None:
         answer = await http.post("/v1/videos", data=form_of, files={"input_reference": b"no image"})
         error = answer.json()["error"]
         assert (answer.status_code, error["param"]) == (422, next(iter(wrong)).removesuffix("[]")), error
+    assert await service.store.video_ids() == []
+
+
+@pytest.mark.parametrize(("content_type", "begun"), [(JSON, b'{"prompt": "a'), (FORM, FILE + b"data")])
+async def test_a_client_that_leaves_within_its_body_is_no_bug(
+    service: LocalService, content_type: str, begun: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    messages: list[dict[str, Any]] = [
+        {"type": "http.request", "body": begun, "more_body": True},
+        {"type": "http.disconnect"},
+    ]
+
+    async def receive() -> dict[str, Any]:
+        return messages.pop(0)
+
+    async def send(_: object) -> None:
+        pass
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/videos", "query_string": b"", "headers": []}
+    scope["headers"] = [(b"content-type", content_type.encode())]
+    await service.app(scope, receive, send)
+    (told,) = [record for record in caplog.records if record.message == "refused"]
+    assert vars(told)["code"] == "body_cut_off"
+    assert not [record for record in caplog.records if record.levelno > logging.INFO]
     assert await service.store.video_ids() == []
 
 
