@@ -29,7 +29,7 @@ faults: $(VENV)/dev.stamp  ## every kill, ten seeded trials each
 	TRIALS=10 STALL_SECONDS=60 $(BIN)/python -m pytest --timeout 3600 $(addprefix tests/deployments/test_,faults.py restart.py slow_viewers.py)
 
 fuzz: $(VENV)/dev.stamp  ## 25,000 spoilt requests, of 10,000 bodies, and 10,000 hostile prompts
-	FUZZ=25000 $(BIN)/python -m pytest --timeout 3600 -rA --log-level=WARNING tests/deployments/test_fuzz.py -k request
+	FUZZ=25000 $(BIN)/python -m pytest --timeout 3600 -rA --log-level=WARNING tests/deployments/test_fuzz.py -k "request or connection"
 	FUZZ=10000 $(BIN)/python -m pytest --timeout 3600 tests/deployments/test_fuzz.py -k prompt
 
 figures: $(VENV)/dev.stamp  ## every measured figure of the README, measured again

@@ -1,4 +1,4 @@
-"""Requests that nobody would write, by the thousand: each gets an answer that the contract has, and none is a 5xx.
+"""Requests that nobody would write, by the thousand: each gets an answer that the contract has, none is a 5xx.
 
 Each of `corpus/` is a request that was right, or one that once found a bug: all are sent as they are, and then spoilt:
 body, headers, path and query. They go to the service in this process as a server hands them over, since an HTTP client
@@ -16,9 +16,10 @@ import logging
 import os
 import random
 import re
+import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -26,6 +27,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from ray.serve._private.http_util import _apply_middlewares
 
 from deployments.contract import ROUTES
 from deployments.errors import CutOff
@@ -33,7 +35,9 @@ from deployments.keys import new_key
 from deployments.logs import shown
 from deployments.records import Call
 from deployments.request_ids import FORM as REQUEST_ID
+from deployments.request_ids import before_serve
 from tests.deployments.conftest import LocalService, serving
+from tests.deployments.listening import listening
 from tests.deployments.test_content import BODY, SIZES, put_video
 from tests.deployments.test_director import ANY, TRACEPARENT
 
@@ -447,6 +451,47 @@ async def test_no_request_breaks_anything(tmp_path: Path, caplog: pytest.LogCapt
     assert statuses[200] > FUZZ / 10 and statuses[422] > FUZZ / 10, told  # neither all harmless nor all hopeless
     bodies = len({request.body for _, request in cases})
     logging.getLogger(__name__).warning("%d requests, %d bodies: %s", len(cases), bodies, told)  # pytest -rA shows it
+
+
+# ── over a connection ────────────────────────────────────────────────────────
+
+
+def on_the_wire(request: Request, token: str, rng: random.Random) -> bytes:
+    """A request as bytes, of which some more may be spoilt: where it ends, for example."""
+    head = [request.method + b" " + request.target + b" HTTP/1.1"]
+    head += [name + b": " + value.replace(b"@token@", token.encode()) for name, value in request.headers]
+    head += [b"content-length: %d" % len(request.body), b""]
+    data = b"\r\n".join([*head, request.body])
+    return spoil_bytes(data, rng) if rng.random() < 0.3 else data
+
+
+def test_nothing_that_comes_over_a_connection_breaks_the_server(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same requests to the server that Serve's proxy is, with what stands before it; each sender stops sending, and
+    leaves after the first bytes of an answer."""
+    token, key = new_key(OWNER, "videos", None)
+    (tmp_path / "keys.json").write_text(json.dumps({"keys": [key.model_dump()]}))
+    settings = {"keys": str(tmp_path / "keys.json"), "admission": {"queued": 10**6}}
+    statuses = Counter[bytes]()
+    with listening(tmp_path, around=lambda app: _apply_middlewares(app, before_serve()), **settings) as served:
+        served.service.graph.at_once = 0  # nothing is made of them
+        address = ("127.0.0.1", int(served.url.rpartition(":")[2]))
+
+        def status(data: bytes) -> bytes:
+            with socket.create_connection(address, timeout=30) as client, suppress(ConnectionError):
+                client.sendall(data)
+                client.shutdown(socket.SHUT_WR)
+                return client.recv(2**12)[9:12]
+            return b""
+
+        for number in range(FUZZ):
+            answer = status(on_the_wire(spoilt(number), token, random.Random(number)))
+            assert not answer.startswith(b"5"), number
+            statuses[answer] += 1
+        assert status(b"GET /healthz HTTP/1.1\r\nhost: helios\r\n\r\n") == b"200"
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert statuses[b""] < FUZZ / 2, statuses
 
 
 # ── prompts ──────────────────────────────────────────────────────────────────
