@@ -1,10 +1,10 @@
-"""Requests that nobody would write, by the thousand: each gets an answer that the contract has, none is a 5xx.
+"""Requests that nobody would write, by the thousand: each gets an answer that the contract has, and none is a 5xx.
 
 Each of `corpus/` is a request that was right, or one that once found a bug: all are sent as they are, and then spoilt:
 body, headers, path and query. They go to the service in this process as a server hands them over, since an HTTP client
-would mend some. What Schemathesis asks after the contract is in test_contract.py; spoilt uploads are in test_uploads.py
-and tests/core/test_read.py. `FUZZ=10000` tries so many requests and prompts in place of 100 (`make fuzz`); case n is
-the same in every run.
+would mend some, and over connections to a real one. What Schemathesis asks after the contract is in test_contract.py,
+spoilt uploads are in test_uploads.py and tests/core/test_read.py. `FUZZ=10000` tries so many requests and prompts in
+place of 100 (`make fuzz`); case n is the same in every run.
 """
 
 from __future__ import annotations
