@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export PROMPT ?= a red sun over a blue sea, drifting left
 
-.PHONY: demo serve test check format figures faults fuzz demo-scores fidelity demo-checkpoint manifests sbom autoscaling load plan-check
+.PHONY: demo serve test check format figures faults chaos fuzz demo-scores fidelity demo-checkpoint manifests sbom autoscaling load plan-check
 
 demo: $(VENV)/run.stamp  ## start the service, stream one video into video.mp4, stop
 	$(BIN)/helios demo "$$PROMPT" -o video.mp4
@@ -13,7 +13,7 @@ serve: $(VENV)/run.stamp  ## serve the demo model on port 8000 until interrupted
 
 test: $(VENV)/dev.stamp  ## all tests: those in one process side by side, then those that start Ray
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not ray"
-	$(BIN)/python -m pytest -m ray tests/deployments
+	$(BIN)/python -m pytest -m ray tests/deployments tests/faults
 
 check: $(VENV)/dev.stamp  ## formatting, lint, types, tests
 	$(BIN)/ruff format --check .
@@ -25,8 +25,11 @@ format: $(VENV)/dev.stamp
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-faults: $(VENV)/dev.stamp  ## every kill, ten seeded trials each
-	TRIALS=10 STALL_SECONDS=60 $(BIN)/python -m pytest --timeout 3600 $(addprefix tests/deployments/test_,faults.py restart.py slow_viewers.py)
+faults: $(VENV)/dev.stamp  ## ten times the restarts and cancels, slow viewers for a minute
+	TRIALS=10 STALL_SECONDS=60 $(BIN)/python -m pytest --timeout 3600 tests/faults/test_faults.py $(addprefix tests/deployments/test_,restart.py slow_viewers.py)
+
+chaos: $(VENV)/dev.stamp  ## every scenario of faults TRIALS times, with eight videos: RELIABILITY.md's table; 20 take 2 hours
+	$(BIN)/python -m tests.faults.chaos --trials $(or $(TRIALS),1) $(ARGS)
 
 fuzz: $(VENV)/dev.stamp  ## 25,000 spoilt requests, of 10,000 bodies, and 10,000 hostile prompts
 	FUZZ=25000 $(BIN)/python -m pytest --timeout 3600 -rA --log-level=WARNING tests/deployments/test_fuzz.py -k "request or connection"

@@ -18,6 +18,7 @@ from deployments.config import AppConfig, ConfigError, Pool, VaePool
 from deployments.graph import RENDERS_AT_ONCE, TEXTS_AT_ONCE, DirectorReplica, ModelHandles
 from deployments.ingress import Ingress
 from deployments.keys import read_keys
+from deployments.safety import hook_class
 from helios_core.checkpoints import Checkpoint
 from helios_core.errors import HeliosError
 
@@ -28,6 +29,10 @@ VAE_DECODER = "deployments.vae_decoder.VaeDecoder"
 MANY = 10_000  # requests at once for those that only wait: Serve's default of 5 would queue a sixth viewer
 LONGEST_ANSWER_S = 2.0  # a Director that is to stop has nothing to finish: what it leaves goes on under the next one
 LOOK_AGAIN_S = 0.5  # between two looks whether a replica that is to stop has finished, in place of Serve's 2
+# Serve asks each replica so often whether it is well, and takes one for dead that does not answer three times running:
+# one that was stopped is replaced after 8 s at most, where Serve's defaults take two minutes. A long chunk keeps no
+# replica from answering; how long work may take is watchdog.py's.
+ANSWERS_WITHIN_S = 2.0
 LOOK_BACK_S = 30.0  # so much of what the Director told does the policy see
 TELLS_EVERY_S = 1.0  # Serve asks the Director for it; 10 s, as by default, would be most of a cold start
 # Replicas that compute keep their freed memory: where glibc gives every large tensor back at once, as service.py has it
@@ -49,11 +54,13 @@ def build_app(config: AppConfig) -> tuple[Application, list[Pool]]:
     the pool of each deployment.
 
     Raises CheckpointError if a model cannot be opened, ConfigError if two have the same id, if the keys cannot be read,
-    or if strangers could come in. Weights are loaded by the replicas, each its own.
+    if there is no such safety hook, or if strangers could come in. Weights are loaded by the replicas, each its own.
     """
     config.check_door()
     if config.keys is not None:
         read_keys(Path(config.keys))  # here, so that a file that cannot be read is one clear message
+    if config.safety is not None:
+        hook_class(config.safety.hook)  # as above
     checkpoints = [Checkpoint.open(settings.model) for settings in config.models]
     ids = [checkpoint.card.id for checkpoint in checkpoints]
     if len(set(ids)) < len(ids):
@@ -145,7 +152,8 @@ def deploy(
         name=name,
         max_ongoing_requests=at_once,
         ray_actor_options=resources,
-        health_check_period_s=2,
+        health_check_period_s=ANSWERS_WITHIN_S,
+        health_check_timeout_s=ANSWERS_WITHIN_S,
         graceful_shutdown_timeout_s=pool.max_call_seconds if isinstance(pool, VaePool) else drain_s,
         graceful_shutdown_wait_loop_s=LOOK_AGAIN_S,
         **size,

@@ -111,6 +111,18 @@ class UploadLimits(Settings):
         return MediaLimits(max_bytes=self.max_bytes, max_video_seconds=self.max_seconds)
 
 
+class SafetySettings(Settings):
+    """Who says what may be asked for and shown (deployments/safety.py).
+
+    `hook`: the import path, module:Class, of a SafetyHook; `max_seconds`: so long one check may take; `fail_open`: what
+    cannot be checked passes all the same, and is counted.
+    """
+
+    hook: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+    max_seconds: float = Field(5.0, gt=0)
+    fail_open: bool = False
+
+
 class Quota(Settings):
     """What one key may ask for; None: as much as there is room for.
 
@@ -170,6 +182,7 @@ class AppConfig(Settings):
     log_prompts: bool = False  # else logs and traces have a prompt's SHA-256 only
     limits: Limits = Limits()
     uploads: UploadLimits = UploadLimits()
+    safety: SafetySettings | None = None  # None: everything may be asked for and shown
     ingress: Pool = Pool()
     director: Pool = Pool()
     text_encoder: ModelPool = ModelPool()  # of each text encoder, and of each VAE: models with equal files share one

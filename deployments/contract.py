@@ -275,10 +275,17 @@ REFUSALS: dict[int, tuple[str, tuple[str, ...]]] = {
     413: ("More than the limit: `body_too_large`", ()),
     415: ("Neither JSON nor a form: `unsupported_media_type`", ()),
     416: ("The file has none of these bytes: `range_not_satisfiable`", ("Content-Range",)),
-    422: ("A field is unknown, missing or out of bounds: `invalid_input`", ()),
+    422: (
+        "A field is unknown, missing or out of bounds: `invalid_input`; or the service's safety check does not let it "
+        "pass: `content_blocked`",
+        (),
+    ),
     429: ("More than there is room for, or than this key may have: `too_many_requests`", ("Retry-After",)),
     500: ("A bug: `internal_error`", ()),
-    503: ("Not at this moment: `unavailable`, `store_unavailable`, `superseded`", ("Retry-After",)),
+    503: (
+        "Not at this moment: `unavailable`, `store_unavailable`, `superseded`, `safety_unavailable`",
+        ("Retry-After",),
+    ),
     507: ("The store is full: `store_full`", ("Retry-After",)),
 }
 

@@ -25,6 +25,7 @@ from deployments.making import Graph, Maker, NotPossible, RunningVideo, first_re
 from deployments.metrics import Metrics
 from deployments.origins import take_over
 from deployments.records import (
+    Check,
     News,
     Page,
     Status,
@@ -208,6 +209,10 @@ class Director:
             model: turns.sampling + turns.waiting + self._rooms[model].entrance.waiting
             for model, turns in self._turns.items()
         }
+
+    async def checked(self, check: Check) -> None:
+        """Counts a safety check that an ingress made."""
+        self._metrics.checked(check)
 
     async def metrics(self) -> bytes:
         """What was counted, in Prometheus' text format."""

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from fastapi import Request
 
@@ -26,7 +26,7 @@ from deployments.scheduling import Priority
 from deployments.schemas import CreateVideo, EditVideo, ExtendVideo, ForkVideo, NewVideo, RemixVideo
 from deployments.store import Claim, Store, is_video_id, new_video_id
 from helios_core.errors import HeliosError, InvalidInput, shown
-from helios_core.media.read import probe
+from helios_core.media.read import MediaInfo, probe
 from helios_core.spec import (
     IMAGE_TO_VIDEO,
     TEXT_TO_VIDEO,
@@ -44,8 +44,24 @@ KEY = "Idempotency-Key"
 KEY_FORM = re.compile(r"[ -~]{1,255}")
 
 N = TypeVar("N", bound=NewVideo)
-NewId = Callable[[], Awaitable[str]]
-"""Gives the new video's id. It is asked for when nothing is wrong with a request, and before anything is stored."""
+
+
+@dataclass(frozen=True)
+class Media:
+    """What a video shall begin with: the field that it came by, where it lies for now, and what it is."""
+
+    field: str
+    path: Path
+    info: MediaInfo
+
+
+class NewId(Protocol):
+    """Gives the new video's id, if it may be made. It is asked for when nothing is wrong with a request, and before
+    anything is stored."""
+
+    async def __call__(self, prompts: Mapping[str, str], media: Media | None = None) -> str:
+        """`prompts`: each text ▸ the field that it came by. Raises ContentBlocked or SafetyUnavailable."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -86,7 +102,8 @@ class Drafts:
         upload = body.file("input_reference")
         if upload is None:
             spec = self._spec(fields, TEXT_TO_VIDEO)
-            return Draft(await new_id(), spec, fields.priority, fields.deadline_s, lead_seconds=fields.lead_seconds)
+            video_id = await new_id(_prompts(spec))
+            return Draft(video_id, spec, fields.priority, fields.deadline_s, lead_seconds=fields.lead_seconds)
         self._spec(fields, IMAGE_TO_VIDEO)  # what is wrong anyway is said before the file is looked at
         async with on_disk(upload) as path:
             return await self._with_input(fields, "input_reference", path, new_id)
@@ -116,7 +133,7 @@ class Drafts:
         chunks = source.usage.chunks
         spec = source.spec.extend(more.seconds, chunks, more.prompt, more.transition_chunks, self._config.limits)
         origin = Origin(how="extend", video_id=source_id, chunks=chunks)
-        return Draft(await new_id(), spec, more.priority, more.deadline_s, origin=origin)
+        return Draft(await new_id(_prompts(spec, more.prompt)), spec, more.priority, more.deadline_s, origin=origin)
 
     async def forked(self, body: Body, new_id: NewId, source_id: str) -> Draft:
         other = self._parsed(body, ForkVideo)
@@ -125,14 +142,14 @@ class Drafts:
             other.chunk, other.prompt, other.transition_chunks, other.seed, other.seconds, self._config.limits
         )
         origin = Origin(how="fork", video_id=source_id, chunks=other.chunk)
-        return Draft(await new_id(), spec, other.priority, other.deadline_s, origin=origin)
+        return Draft(await new_id(_prompts(spec, other.prompt)), spec, other.priority, other.deadline_s, origin=origin)
 
     async def remixed(self, body: Body, new_id: NewId, source_id: str) -> Draft:
         other = self._parsed(body, RemixVideo)
         source = self._served(await self._status(source_id))
         spec = source.spec.remix(other.prompt, self._config.limits)
         origin = Origin(how="remix", video_id=source_id)
-        return Draft(await new_id(), spec, other.priority, other.deadline_s, origin=origin)
+        return Draft(await new_id(_prompts(spec)), spec, other.priority, other.deadline_s, origin=origin)
 
     def _parsed(self, body: Body, kind: type[N], file: str | None = None) -> N:
         """What `body` has of the fields that every new video may have, checked; the rest of it as `parse` leaves it."""
@@ -165,7 +182,7 @@ class Drafts:
             if "seconds" not in fields.model_fields_set:  # as long as what it comes from
                 fields = fields.model_copy(update={"seconds": min(info.seconds, self._config.limits.max_seconds)})
         spec = self._spec(fields, task)
-        video_id = await new_id()
+        video_id = await new_id(_prompts(spec), Media(name, path, info))
         await self._store.prepare(video_id)  # an ingress that dies before the video is accepted leaves it to be removed
         media = await self._store.put_input(video_id, path)
         return Draft(video_id, spec, fields.priority, fields.deadline_s, input=media, lead_seconds=fields.lead_seconds)
@@ -193,6 +210,15 @@ class Drafts:
         with path.open("wb") as file:
             async for data in file_bytes(objects, self._store, 0, sum(item.bytes for item in objects)):
                 file.write(data)
+
+
+def _prompts(spec: VideoSpec, turning_to: str | None = None) -> dict[str, str]:
+    """Every text that a video would have ▸ the field that it came by, now or when the video was asked for that it goes
+    on from. `turning_to`: the `prompt` of a request that changes another video's."""
+    named = {change.prompt: "prompts" for change in spec.prompts}
+    named |= {spec.negative_prompt: "negative_prompt", spec.prompt: "prompt"}
+    named |= {} if turning_to is None else {turning_to: "prompt"}
+    return {text: field for text, field in named.items() if text}
 
 
 class Once:

@@ -13,6 +13,7 @@ from deployments.admission import TooMany
 from deployments.director import NoSuchVideo, Unreadable
 from deployments.making import NotPossible, ReplicaLost, TextLost
 from deployments.request_ids import HEADER, request_id
+from deployments.safety import ContentBlocked, SafetyUnavailable
 from deployments.schemas import error_object
 from deployments.store import StoreFull, StoreUnavailable, Superseded
 from helios_core.errors import HeliosError, InvalidInput
@@ -45,7 +46,7 @@ def status_of(error: HeliosError) -> int:
     match error:
         case RequestError():
             return error.status
-        case InvalidInput():
+        case InvalidInput() | ContentBlocked():
             return 422
         case NoSuchVideo():
             return 404
@@ -55,7 +56,7 @@ def status_of(error: HeliosError) -> int:
             return 409
         case StoreFull():
             return 507
-        case StoreUnavailable() | Superseded() | TextLost():
+        case StoreUnavailable() | Superseded() | TextLost() | SafetyUnavailable():
             return 503
     return 500
 

@@ -18,6 +18,7 @@ from deployments.making import Ref, ReplicaLost
 from deployments.ray_calls import call, call_by_reference, call_to_its_end, cluster_id, live_replicas, until_live
 from deployments.records import (
     Call,
+    Check,
     Encoded,
     News,
     Page,
@@ -202,6 +203,9 @@ class DirectorReplica:
     async def delete(self, video_id: str) -> None:
         await self._director.delete(video_id)
 
+    async def checked(self, check: Check) -> None:
+        await self._director.checked(check)
+
     async def metrics(self) -> bytes:
         return await self._director.metrics()
 
@@ -267,6 +271,9 @@ class RemoteDirector:
 
     async def delete(self, video_id: str) -> None:
         await call(self._handle, "delete", video_id)
+
+    async def checked(self, check: Check) -> None:
+        await call(self._handle, "checked", check)
 
     async def metrics(self) -> bytes:
         text: bytes = await call(self._handle, "metrics")

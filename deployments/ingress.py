@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, contextmanager, suppress
 from functools import partial
 from typing import Any, Protocol
@@ -32,7 +32,7 @@ from deployments.content import (
 from deployments.contract import install_contract
 from deployments.director import NoSuchVideo
 from deployments.door import Door, install_cors, without_link
-from deployments.drafts import KEY, Draft, Drafts, Once, known, no_such_model
+from deployments.drafts import KEY, Draft, Drafts, Media, Once, known, no_such_model
 from deployments.errors import CutOff, RequestError, install_error_handlers, status_of
 from deployments.events import Position, events, position_of
 from deployments.following import following
@@ -43,8 +43,9 @@ from deployments.logs import log_with_serve
 from deployments.making import NotPossible, ReplicaLost
 from deployments.metrics import ingress_text
 from deployments.page import install_page
-from deployments.records import News, Page, VideoRequestRecord, VideoStatus
+from deployments.records import Check, News, Page, VideoRequestRecord, VideoStatus
 from deployments.request_ids import RequestIds, request_id
+from deployments.safety import Guard, demand
 from deployments.schemas import (
     ChangePrompt,
     GetContent,
@@ -84,6 +85,7 @@ class DirectorCalls(Protocol):
     async def resume(self, video_id: str) -> VideoStatus: ...
     async def cancel(self, video_id: str) -> VideoStatus: ...
     async def delete(self, video_id: str) -> None: ...
+    async def checked(self, check: Check) -> None: ...
     async def metrics(self) -> bytes: ...
 
 
@@ -97,6 +99,7 @@ def http_app(
     install_error_handlers(app)
     models = {card.id: card for card in cards}
     drafts = Drafts(config, models, director.get, store)
+    guard = None if config.safety is None else Guard(config.safety, tracer)
     leaving: set[asyncio.Task[None]] = set()
     patient = store.patient(config.store_patience_s)  # for bodies that have begun: viewers wait
     watches, fragments = Watches(following(director.news, store)), Fragments(patient)
@@ -122,7 +125,16 @@ def http_app(
                 if (earlier := await once.earlier(body, director.get)) is not None:
                     span.set_attribute("video_id", earlier.id)
                     return earlier, {"traceparent": parent, **once.headers}
-                wanted = await draft(body, once.new_id, *of)
+
+                async def new_id(prompts: Mapping[str, str], media: Media | None = None) -> str:
+                    if guard is not None:
+                        for prompt, field in prompts.items():
+                            await demanded(guard.prompt(prompt, parent), field)
+                        if media is not None:
+                            await demanded(guard.input(media.path, media.info, parent), media.field)
+                    return await once.new_id()
+
+                wanted = await draft(body, new_id, *of)
             span.set_attribute("video_id", wanted.id)
             video = VideoRequestRecord(
                 id=wanted.id,
@@ -139,6 +151,13 @@ def http_app(
             )
             create = partial(director.create, video, quota=quota)
             return await once.create(create), {"traceparent": parent, **once.headers}
+
+    async def demanded(checking: Awaitable[Check], field: str) -> None:
+        """Raises ContentBlocked or SafetyUnavailable if what came by `field` may not pass."""
+        check = await checking
+        with suppress(HeliosError, ReplicaLost):  # without a Director it is not counted, and that is all
+            await director.checked(check)
+        demand(check, field)
 
     def shown(request: Request, status: VideoStatus) -> dict[str, Any]:
         return video_object(status, models.get(status.spec.model), door.share_url(request, status.id))
@@ -231,6 +250,9 @@ def http_app(
         check_prompt("prompt", wanted.prompt, config.limits)
         check_transition("transition_chunks", wanted.transition_chunks, config.limits)
         video = await director.get(known(video_id))
+        if guard is not None:
+            parent = request.headers.get("traceparent")
+            await demanded(guard.prompt(wanted.prompt, parent, video_id=video_id), "prompt")
         change = await director.change_prompt(video_id, wanted.prompt, wanted.transition_chunks)
         note = models[video.spec.model].note(change.prompt)
         told = prompt_object(change, video.spec)

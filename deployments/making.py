@@ -13,7 +13,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -34,11 +34,12 @@ from deployments.records import (
     VideoRecord,
     VideoRequestRecord,
 )
+from deployments.safety import Unsafe
 from deployments.store import Store, StoreUnavailable
 from deployments.tracing import Tracer, ending, traceparent
 from deployments.turns import Turns
 from helios_core.config import CHUNK_FRAMES
-from helios_core.errors import HeliosError
+from helios_core.errors import HeliosError, Spoilt
 from helios_core.spec import PromptChange, VideoSpec
 
 logger = logging.getLogger(__name__)
@@ -46,9 +47,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Ref = Any  # to a value that lives elsewhere: an ObjectRef in the service
 
-# Seconds before each retry of a chunk. There are three: what takes a fourth replica with it is more likely the cause
-# than a victim.
-RETRY_AFTER_S = (0.0, 1.0, 3.0)
+# Seconds before each retry of a chunk. There are two: what took three replicas with it is more likely the cause than a
+# victim.
+RETRY_AFTER_S = (0.0, 1.0)
 MOST_TEXTS = 128  # prompts of one video, whose embeddings are held until it ends: up to 4 MB each
 
 
@@ -65,6 +66,14 @@ class ReplicaLost(Lost):
 
 class InputLost(Lost):
     """A reference that was handed to a call leads nowhere; what it led to must come from the store."""
+
+
+class ResultLost(Lost):
+    """The replica is sound, and what it made is not. Once more: `error` is what the second time is told of."""
+
+    def __init__(self, error: Spoilt) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 class Graph(Protocol):
@@ -177,6 +186,7 @@ class RunningVideo:
         self.stored_texts: dict[str, StoredObject] = {}
         self.changes: set[asyncio.Task[Any]] = set()  # that clients asked for, under way
         self.retries: Counter[int] = Counter()  # by chunk
+        self.spoilt: set[int] = set()  # chunks of which a result was lost
         self.watchers = 0
         # An earlier Director did not say how much of it was played: as little as its lead allowed.
         made_s, lead_s = sum(chunk.frames for chunk in self.record.chunks) / request.spec.fps, request.lead_seconds
@@ -219,8 +229,13 @@ class RunningVideo:
         return Call(video_id=self.request.id, traceparent=parent, attempt=attempt)
 
     def retry(self, error: Lost) -> float:
-        """Counts a retry of a chunk; after how many seconds it may begin. Raises ChunkLost if it had its share."""
+        """Counts a retry of a chunk; after how many seconds it may begin. Raises ChunkLost if it had its share, Spoilt
+        if a result was lost before."""
         self.retries[error.chunk] += 1
+        if isinstance(error, ResultLost):
+            if error.chunk in self.spoilt:
+                raise error.error
+            self.spoilt.add(error.chunk)
         count = self.retries[error.chunk]
         if count > len(RETRY_AFTER_S):
             raise ChunkLost(f"chunk {error.chunk} was lost {count} times") from error
@@ -245,6 +260,7 @@ class Maker:
         video."""
         self._graph, self._store, self._tracer, self._term = graph, store, tracer, term
         self._rooms, self._turns, self._metrics, self._keep_all_states = rooms, turns, metrics, keep_all_states
+        self._suspects = asyncio.Lock()
 
     async def make(self, video: RunningVideo) -> None:
         """All chunks. If an input is lost on the way, again from the last commit, with what the store has.
@@ -317,8 +333,9 @@ class Maker:
 
         async def attempt(number: int) -> Ref:
             call = video.call(number)
-            with self._losses(video, "vae_decoder", "encode input", call):
-                state, seconds = await self._graph.encode_media(call, record.spec, media)
+            async with self._alone(number):
+                with self._losses(video, "vae_decoder", "encode input", call):
+                    state, seconds = await self._graph.encode_media(call, record.spec, media)
             self._metrics.encoded_media(seconds)
             return state
 
@@ -329,8 +346,9 @@ class Maker:
         if prompt in video.texts:
             return
         call = video.call(number)
-        with self._losses(video, "text_encoder", "encode prompt", call):
-            text, encoded = await self._graph.encode(call, video.request.spec.model, prompt)
+        async with self._alone(number):
+            with self._losses(video, "text_encoder", "encode prompt", call):
+                text, encoded = await self._graph.encode(call, video.request.spec.model, prompt)
         self._metrics.encoded_text(encoded.seconds)
         video.texts[prompt], video.stored_texts[prompt] = text, encoded.stored
 
@@ -445,8 +463,16 @@ class Maker:
     ) -> None:
         async def attempt(number: int) -> Rendered:
             call = video.call(number, chunk)
-            with self._losses(video, "vae_decoder", "render", call):
-                return await self._graph.render(call, video.request.spec, self._term, state, sampled)
+            try:
+                async with self._alone(number):
+                    with self._losses(video, "vae_decoder", "render", call):
+                        rendered = await self._graph.render(call, video.request.spec, self._term, state, sampled)
+            except Unsafe as error:
+                self._metrics.checked(error.check)
+                raise
+            if rendered.check is not None:
+                self._metrics.checked(rendered.check)
+            return rendered
 
         with ending(chunk):
             rendered = await self._retried(video, index, attempt)
@@ -493,12 +519,21 @@ class Maker:
         self._metrics.retried(error.part, _reason(error))
         await asyncio.sleep(pause)
 
+    def _alone(self, number: int) -> AbstractAsyncContextManager[Any]:
+        """Around the time `number` of trying a call to a replica that takes several at once: of those that were lost
+        before, one at a time. Else what kills replicas takes the same neighbour along each time, and both are given up.
+        """
+        return self._suspects if number else nullcontext()
+
     @contextmanager
     def _losses(self, video: RunningVideo, part: str, name: str, call: Call) -> Iterator[None]:
         """Tells of what is lost in the block. A replica that dies takes its span along: ours stands in for it."""
         began = time.time_ns()
         try:
-            yield
+            try:
+                yield
+            except Spoilt as error:
+                raise ResultLost(error) from error
         except Lost as error:
             error.part = part
             what = _reason(error).replace("_", " ")
@@ -512,7 +547,7 @@ class Maker:
 
 def _reason(lost: Lost) -> str:
     """Of a retry, as the metrics call it."""
-    return "replica_lost" if isinstance(lost, ReplicaLost) else "input_lost"
+    return {ReplicaLost: "replica_lost", InputLost: "input_lost", ResultLost: "result_lost"}[type(lost)]
 
 
 async def _finished(work: Awaitable[T]) -> T:

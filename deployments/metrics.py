@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import prometheus_client as prometheus
 
-from deployments.records import VideoRecord
+from deployments.records import Check, CheckedPart, CheckOutcome, VideoRecord
 from helios_core.config import CHUNK_FRAMES, NATIVE_FPS
 
 CHUNK_SECONDS = CHUNK_FRAMES / NATIVE_FPS  # of a chunk's playback
@@ -123,6 +123,19 @@ METRICS: tuple[Metric, ...] = (
         "Stalls of viewers, one per video, who watch it live from its first commit on.",
     ),
     Metric("helios_viewer_stall_seconds_total", "counter", "Seconds that those viewers stalled."),
+    Metric(
+        "helios_safety_checks_total",
+        "counter",
+        "Safety checks, by what was checked and by what came of it; refused and let_through: the check failed.",
+        {"part": get_args(CheckedPart), "outcome": get_args(CheckOutcome)},
+    ),
+    Metric(
+        "helios_safety_check_seconds",
+        "histogram",
+        "Seconds of one safety check, by what was checked.",
+        {"part": get_args(CheckedPart)},
+        buckets=SECONDS,
+    ),
     Metric("helios_director_cpu_seconds_total", "counter", "Processor seconds of the Director."),
 )
 INGRESS_CPU = Metric(
@@ -182,7 +195,7 @@ class Metrics:
         for metric in METRICS:
             if metric.labels:
                 for values in itertools.product(*metric.labels.values()):
-                    (self._counters | self._gauges)[metric.name].labels(*values)
+                    (self._counters | self._gauges | self._histograms)[metric.name].labels(*values)
 
     def text(self) -> bytes:
         """All metrics in Prometheus' text format."""
@@ -249,6 +262,11 @@ class Metrics:
     def retried(self, part: str, reason: str) -> None:
         """A call is repeated. `part` and `reason`: as METRICS lists them."""
         self._counters["helios_retries_total"].labels(part, reason).inc()
+
+    def checked(self, check: Check) -> None:
+        """A safety check was made."""
+        self._counters["helios_safety_checks_total"].labels(check.part, check.outcome).inc()
+        self._histograms["helios_safety_check_seconds"].labels(check.part).observe(check.seconds)
 
     def ended(self, record: VideoRecord) -> None:
         """A video ended, also one that was never `accepted` here. Nothing is kept of it."""

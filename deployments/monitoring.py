@@ -184,6 +184,9 @@ def alerts() -> list[Alert]:
         enough = f"sum(increase({failed}[{window}])) >= {FEW_FAILED_VIDEOS}"
         return f"{FAILED_VIDEOS[window]} > {limit} and {FAILED_VIDEOS[short]} > {limit} and {enough}"
 
+    def unchecked(outcome: str) -> str:
+        return per_second("helios_safety_checks_total", window="5m", outcome=outcome)
+
     return [
         Alert(
             "HeliosFirstFragmentLate",
@@ -244,6 +247,16 @@ def alerts() -> list[Alert]:
             "{{ $value | humanize }} calls are repeated per chunk; replicas die, or what they made is lost.",
             "The fleet dashboard says of which part: `kubectl get pods` shows whether its pods restart, and their last "
             "lines why (memory, as a rule).",
+        ),
+        Alert(
+            "HeliosSafetyChecksFail",
+            f"{unchecked('refused')} + {unchecked('let_through')} > 0",
+            HOLDS_FOR,
+            "critical",
+            "{{ $value | humanize }} safety checks a second fail: what they were of is refused or, with "
+            "safety.fail_open, passes unchecked.",
+            "The logs of ingresses and VAE decoders have a line `safety check failed` for each, with its reason: mend "
+            "the hook or what it asks, or give it longer (safety.max_seconds).",
         ),
         Alert(
             "HeliosStoreAway",
@@ -368,6 +381,11 @@ def fleet() -> Rows:
             Panel(
                 "Retries", PER_MINUTE, {"{{part}}, {{reason}}": per_minute("helios_retries_total", "part", "reason")}
             ),
+            Panel(
+                "Safety checks",
+                PER_MINUTE,
+                {"{{part}}, {{outcome}}": per_minute("helios_safety_checks_total", "part", "outcome")},
+            ),
             Panel("Chunks", "suffix: /s", {"chunks": per_second("helios_chunks_committed_total")}),
             Panel("Frames", "suffix: /s", {"frames": per_second("helios_frames_committed_total")}),
             Panel("Sampler steps", "suffix: /s", {"steps": per_second("helios_sampler_steps_total")}),
@@ -429,6 +447,7 @@ def video() -> Rows:
             *panels(beside),
             # Of few videos: quantiles of none at all would be none.
             Panel("Replicas that encode an input, mean", "none", {"inputs": busy("helios_media_encode_seconds")}),
+            Panel("Safety checks under way, mean", "none", {"checks": busy("helios_safety_check_seconds")}),
         ],
     }
 

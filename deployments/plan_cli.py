@@ -46,7 +46,7 @@ def plan(
             raise InvalidInput("--replay", str(replay), "no FILE, --set, --what-if or --plot beside it")
         _replay(replay, times or replay, json_file)
         return
-    from deployments.planning import PlanConfig
+    from deployments.plan_config import PlanConfig
     from deployments.planning import plan as planned
 
     source = str(file or "the command line")
@@ -179,7 +179,7 @@ def _met(target: float | None, value: float | None, missed: bool) -> str:
 
 
 def _short(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"
+    return "" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _finite(content: Any) -> Any:

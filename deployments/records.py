@@ -14,6 +14,8 @@ from deployments.scheduling import Priority
 from helios_core.spec import VideoSpec
 
 Status = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
+CheckedPart = Literal["prompt", "input", "frames"]
+CheckOutcome = Literal["allowed", "blocked", "refused", "let_through"]
 
 
 class Record(BaseModel):
@@ -85,12 +87,23 @@ class ChunkRecord(Record):
     timings: Timings
 
 
+class Check(Record):
+    """What came of one safety check. `outcome`: what the hook said or, if it failed, what follows from that;
+    `category`: why it is blocked."""
+
+    part: CheckedPart
+    outcome: CheckOutcome
+    category: str | None
+    seconds: float
+
+
 class Rendered(Record):
     """What a VAE decoder says of the chunk that it decoded, encoded and stored."""
 
     init: StoredObject
     chunk: ChunkRecord
     thumbnail: StoredObject | None = None  # with chunk 0
+    check: Check | None = None  # None: there is no hook
 
 
 class VideoError(Record):

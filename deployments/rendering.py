@@ -58,6 +58,8 @@ def environment(config: AppConfig) -> dict[str, str]:
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.request_ids.before_serve",
         # A replica that fails its health check hangs in a call: it is not waited for until that ends.
         "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
+        # So long a process that is to be killed may end by itself: one that was stopped does not, for Ray's 5 s.
+        "RAY_kill_worker_timeout_milliseconds": "500",
         **MALLOC,
     }
 

@@ -7,12 +7,14 @@ import threading
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 import torch
 
 from deployments.config import AppConfig, SamplerPool
+from deployments.golden import Golden
 from deployments.logs import log_with_serve
 from deployments.records import Call, Run, SampleReport, StoredObject
 from deployments.store import Store
@@ -23,7 +25,7 @@ from helios_core.errors import Cancelled
 from helios_core.spec import VideoSpec
 from helios_core.state import StreamState
 from helios_core.text import TextEmbeddings, blend
-from helios_core.weights import load_sampler, placement, use_threads, warm_up_sampler
+from helios_core.weights import golden_latents, load_sampler, placement, use_threads, warm_up_sampler
 
 VERSION = version("helios-serve")
 
@@ -46,6 +48,8 @@ class Sampler:
         self._tracer = Tracer("sampler", config.trace_file)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sampler")
         self._thread.submit(warm_up_sampler, checkpoint, self._sampler).result()
+        golden = partial(golden_latents, checkpoint, self._sampler)
+        self._golden = self._thread.submit(Golden, "sampler", golden).result()
         self._free = asyncio.Lock()
         self._watchdog = Watchdog(pool.max_call_seconds)
 
@@ -69,12 +73,9 @@ class Sampler:
         steps = spec.steps_of_chunk(index)
         stop = threading.Event()
         async with self._free:
-            with (
-                self._watchdog.watching(),
-                self._tracer.span(
-                    "sample", call.traceparent, video_id=call.video_id, chunk=index, attempt=call.attempt
-                ) as span,
-            ):
+            with self._tracer.span(
+                "sample", call.traceparent, video_id=call.video_id, chunk=index, attempt=call.attempt
+            ) as span:
                 started_at, clock = time.time(), time.perf_counter()
                 done = 0  # steps
 
@@ -92,20 +93,21 @@ class Sampler:
                     before = StreamState.start(spec, self._vae_config) if start is None else start
                     if (seed := dict(spec.reseeds).get(index)) is not None:
                         before = before.reseeded(seed)
-                    after = self._sampler.sample(
-                        blend(list(zip(embeddings, weights, strict=False))),
-                        before,
-                        steps,
-                        negative=embeddings[-1] if spec.guided else None,
-                        guidance_scale=spec.guidance_scale,
-                        on_step=on_step,
-                    )
-                    on_step(None)
+                    with self._watchdog.watching((spec.width, spec.height, spec.guided, steps)):
+                        after = self._sampler.sample(
+                            blend(list(zip(embeddings, weights, strict=False))),
+                            before,
+                            steps,
+                            negative=embeddings[-1] if spec.guided else None,
+                            guidance_scale=spec.guidance_scale,
+                            on_step=on_step,
+                        )
+                        on_step(None)
                     return after
 
                 embeddings = [await self._fetched(TextEmbeddings, text) for text in texts]
                 start = await self._fetched(StreamState, state)
-                work = asyncio.get_running_loop().run_in_executor(self._thread, sample)
+                work = asyncio.get_running_loop().run_in_executor(self._thread, self._golden.guard, sample)
                 try:
                     after = await asyncio.shield(work)
                 except asyncio.CancelledError:

@@ -515,7 +515,7 @@ class Store:
         await self._delete([key])
 
     async def put_init(self, video_id: str, data: bytes) -> StoredObject:
-        """The ftyp + moov of a video."""
+        """The ftyp + moov + uuid of a video."""
         return await self._put(f"videos/{_checked(video_id)}/init.mp4", data)
 
     async def put_input(self, video_id: str, path: Path) -> StoredObject:

@@ -6,9 +6,11 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from deployments.config import AppConfig
+from deployments.golden import Golden
 from deployments.logs import log_with_serve, shown
 from deployments.records import Call, Encoded
 from deployments.store import Store
@@ -31,6 +33,7 @@ class TextEncoder:
         self._store = Store(config.store, config.store_patience_s)
         self._tracer = Tracer("text_encoder", config.trace_file)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="text")
+        self._golden = self._thread.submit(Golden, "text_encoder", lambda: self._encoder.encode("a").rows).result()
         self._log_prompts = config.log_prompts
         self._watchdog = Watchdog(config.text_encoder.max_call_seconds)
 
@@ -40,17 +43,16 @@ class TextEncoder:
     async def encode(self, call: Call, prompt: str) -> AsyncIterator[Any]:
         """First the prompt's TextEmbeddings, then how they were Encoded: they are stored with the video."""
         prompt_shown = shown(prompt, self._log_prompts)
-        with (
-            self._watchdog.watching(),
-            self._tracer.span(
-                "encode prompt", call.traceparent, video_id=call.video_id, attempt=call.attempt, prompt=prompt_shown
-            ),
+        with self._tracer.span(
+            "encode prompt", call.traceparent, video_id=call.video_id, attempt=call.attempt, prompt=prompt_shown
         ):
-            text, seconds = await asyncio.get_running_loop().run_in_executor(self._thread, self._encode, prompt)
+            work = partial(self._encode, prompt)
+            text, seconds = await asyncio.get_running_loop().run_in_executor(self._thread, self._golden.guard, work)
             stored = await self._store.put_text(call.video_id, text.digest, text.to_bytes())
         yield text
         yield Encoded(stored=stored, seconds=seconds)
 
     def _encode(self, prompt: str) -> tuple[TextEmbeddings, float]:
         begin = time.perf_counter()
-        return self._encoder.encode(prompt), time.perf_counter() - begin
+        with self._watchdog.watching("encode"):
+            return self._encoder.encode(prompt), time.perf_counter() - begin

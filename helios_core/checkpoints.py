@@ -17,7 +17,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
 
 from helios_core.config import (
     SCHEDULERS,
@@ -143,7 +145,7 @@ class Checkpoint:
         """Of all that makes a video what it is: other weights or another configuration have another one.
 
         Of a folder's weights it reads the first and the last megabyte of each file, as 81 GB would take minutes.
-        Raises CheckpointError if a part is missing.
+        Raises CheckpointError if a part is missing, or one of its files is not whole.
         """
         if self.hub_id is not None:
             return self.hub_id  # with its commit
@@ -152,6 +154,9 @@ class Checkpoint:
             if not (self.folder / folder).is_dir():
                 raise CheckpointError(f"{self.folder / folder}: folder is missing")
             for path in sorted((self.folder / folder).iterdir()):
+                if path.suffix == ".safetensors":
+                    with opened(path, "numpy"):
+                        pass
                 size = path.stat().st_size
                 with path.open("rb") as file:
                     found.update(f"{folder}/{path.name} {size}\n".encode() + file.read(MEGABYTE))
@@ -177,6 +182,16 @@ class Checkpoint:
         if self.hub_id is not None:
             _fetch(self.hub_id, [f"{part}/*.safetensors"])
         return self.folder / part
+
+
+@contextmanager
+def opened(path: Path, framework: str) -> Iterator[Any]:
+    """A file of weights, which is as long as its header says. Raises CheckpointError if it is not, or another file."""
+    try:
+        with safe_open(path, framework) as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: not a whole safetensors file: {error}") from None
 
 
 def download(model: str) -> Path:

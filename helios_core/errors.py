@@ -1,9 +1,12 @@
 """Errors of our own: each names the thing, the value and what is allowed.
 
-HeliosError                what we raise on purpose; never retried by the service
+HeliosError                what we raise on purpose; never retried by the service, but for Spoilt
 ├── InvalidInput           a request that cannot be served: the caller's to mend
 ├── CheckpointError        a model folder or hub id that cannot be loaded
 ├── MediaError             frames that cannot be encoded
+├── Spoilt                 a call that gave nothing sound; once more may go well
+│   ├── NotFinite          what the model made has values that are not numbers
+│   └── OutOfMemory        the memory was too short for it
 └── Cancelled              the work was stopped because nobody wants it any more
 
 All arguments go to the base constructor, so that an error survives pickling between processes.
@@ -59,6 +62,25 @@ class MediaError(HeliosError):
     """Frames that cannot be encoded. The message names the fragment and what was wrong."""
 
     code = "media_error"
+
+
+class Spoilt(HeliosError):
+    """Work whose result is none, although its inputs were good. The message says what was being made."""
+
+
+class NotFinite(Spoilt):
+    """The model made values that are not numbers, or infinite: bad weights, bad memory, or an input that no training
+    had."""
+
+    code = "not_finite"
+    public = "the model made values that are not numbers"
+
+
+class OutOfMemory(Spoilt):
+    """The memory was too short."""
+
+    code = "out_of_memory"
+    public = "the memory was too short to make this video"
 
 
 class Cancelled(HeliosError):

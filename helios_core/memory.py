@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from helios_core.errors import CheckpointError
+from helios_core.errors import CheckpointError, OutOfMemory
 
 SPARE = 1 << 30  # bytes on a GPU: workspaces, fragments. Not measured
 GB = 1e9
@@ -38,6 +39,19 @@ def check_room(part: str, device: torch.device, needs: dict[str, int]) -> None:
             f"the {part} needs {needed:.1f} GB on {device} ({listed}), where {free / GB:.1f} GB are free: "
             f"{needed - free / GB:.1f} GB are missing"
         )
+
+
+@contextmanager
+def shortage_told(part: str) -> Iterator[None]:
+    """Raises OutOfMemory for each of the ways in which torch and Python say that there is no room."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OutOfMemory(f"{part}: {str(error) or 'no memory is left'}") from error
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # torch's words on a CPU
+            raise
+        raise OutOfMemory(f"{part}: {error}") from error
 
 
 def free_bytes(device: torch.device) -> int | None:

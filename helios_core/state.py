@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from helios_core.config import CHUNK_LATENTS, HISTORY_LATENTS, VaeConfig
-from helios_core.errors import HeliosError
+from helios_core.errors import HeliosError, NotFinite
 from helios_core.spec import VideoSpec
 
 FORMAT = "helios-stream-state-1"
@@ -56,8 +56,13 @@ class StreamState:
         return generator
 
     def after(self, latents: Tensor, generator: torch.Generator) -> StreamState:
-        """The state one chunk later. `latents`: the chunk, [1, C, 9, h, w], any float dtype and device."""
+        """The state one chunk later. `latents`: the chunk, [1, C, 9, h, w], any float dtype and device.
+
+        Raises NotFinite if they are not numbers: every chunk from here on would be spoilt with this one.
+        """
         latents = latents.float().cpu()
+        if not latents.isfinite().all():
+            raise NotFinite(f"the latents of chunk {self.chunk_index} have values that are not finite")
         return StreamState(
             chunk_index=self.chunk_index + 1,
             history=torch.cat([self.history, latents], dim=2)[:, :, -HISTORY_LATENTS:].contiguous(),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from helios_core.config import TEXT_TOKENS
-from helios_core.errors import CheckpointError
+from helios_core.errors import CheckpointError, NotFinite
 
 if TYPE_CHECKING:  # who imports this need not load them (weights.py)
     from tokenizers import Tokenizer
@@ -82,18 +82,24 @@ class TextEncoder:
         tokenizer.no_padding()
         tokenizer.enable_truncation(TEXT_TOKENS)
         self.tokenizer, self.model = tokenizer, model
-        probe = self.encode("a").rows
-        if not probe.isfinite().all() or not probe.any():
-            raise CheckpointError("text_encoder: embeddings of the prompt 'a' are all zero or not finite")
+        try:
+            probe = self.encode("a").rows
+        except NotFinite:
+            raise CheckpointError("text_encoder: embeddings of the prompt 'a' are not finite") from None
+        if not probe.any():
+            raise CheckpointError("text_encoder: embeddings of the prompt 'a' are all zero")
 
     @torch.inference_mode()
     def encode(self, prompt: str) -> TextEmbeddings:
         """The prompt's embeddings; what lies beyond 512 tokens is cut off.
 
         Only the real tokens are run through the encoder: padding is masked there and changes nothing but rounding.
+        Raises NotFinite.
         """
         ids = torch.tensor([self.tokenizer.encode(clean(prompt)).ids], device=self.model.device)
         hidden_1SD = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+        if not hidden_1SD.isfinite().all():
+            raise NotFinite("the embeddings of a prompt have values that are not finite")
         return TextEmbeddings.of(hidden_1SD[0])
 
 

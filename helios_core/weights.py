@@ -17,12 +17,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeVar
 
-import safetensors
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 
-from helios_core.checkpoints import Checkpoint
+from helios_core.checkpoints import Checkpoint, opened
 from helios_core.config import CHUNK_LATENTS, EXACT, HISTORY_LATENTS, TEXT_TOKENS, Approximations, read_json
 from helios_core.errors import CheckpointError, InvalidInput
 from helios_core.memory import check_room, peak_bytes, tensor_bytes
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import UMT5EncoderModel
 
+SMALLEST = 64, 64  # width and height of a video
 Places = dict[str, tuple[Path, str]]  # parameter ▸ (file, key)
 M = TypeVar("M", bound=nn.Module)
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -117,14 +117,26 @@ def warm_up_sampler(checkpoint: Checkpoint, sampler: ChunkSampler) -> None:
     In the thread that will make the others: cuDNN keeps its plans for each thread.
     """
     if sampler.model.device.type == "cuda":
-        guidance_scale = checkpoint.card.variant.guidance_scale
-        sampler.warm_up(checkpoint.transformer.text_dim, _blank_state(checkpoint), guidance_scale)
+        _rehearsed(checkpoint, sampler, _blank_state(checkpoint))
 
 
 def warm_up_vae(checkpoint: Checkpoint, vae: WanVae) -> None:
     """The same for decoding."""
     if vae.device.type == "cuda":
         decode_chunk(vae, _blank_state(checkpoint).latents, to_i420)
+
+
+def golden_latents(checkpoint: Checkpoint, sampler: ChunkSampler) -> Tensor:
+    """A chunk of the smallest size, [1, C, 9, h, w] fp32, the same each time. Raises NotFinite."""
+    return _rehearsed(checkpoint, sampler, _blank_state(checkpoint, SMALLEST)).latents
+
+
+def golden_frames(checkpoint: Checkpoint, vae: WanVae) -> Tensor:
+    """Noise of the smallest size, decoded: I420, uint8 [5, H * 3 / 2, W], the same each time. Raises NotFinite."""
+    two = _blank_state(checkpoint, SMALLEST).latents[:, :, :2]  # of those after the first each gives four frames
+    noise = torch.randn(two.shape, generator=torch.Generator().manual_seed(0))
+    (frames,) = decode_chunk(vae, noise, to_i420)
+    return torch.from_numpy(frames)
 
 
 def placement(device: str = "auto", dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
@@ -168,9 +180,13 @@ def use_threads(threads: int | None = None) -> None:
     torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // 2))
 
 
-def _blank_state(checkpoint: Checkpoint) -> StreamState:
-    """The start of a video of the model's own size."""
-    width, height = (side // checkpoint.vae.scale_factor_spatial for side in checkpoint.card.default_size)
+def _rehearsed(checkpoint: Checkpoint, sampler: ChunkSampler, state: StreamState) -> StreamState:
+    return sampler.rehearse(checkpoint.transformer.text_dim, state, checkpoint.card.variant.guidance_scale)
+
+
+def _blank_state(checkpoint: Checkpoint, size: tuple[int, int] | None = None) -> StreamState:
+    """The start of a video of this width and height, or of the model's own."""
+    width, height = (side // checkpoint.vae.scale_factor_spatial for side in size or checkpoint.card.default_size)
     nothing = torch.zeros(1, checkpoint.vae.z_dim, HISTORY_LATENTS, height, width)
     return StreamState(0, nothing, None, torch.Generator().manual_seed(0).get_state())
 
@@ -312,18 +328,15 @@ def _headers(folder: Path, stem: str) -> Iterator[tuple[Path, str, tuple[int, ..
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{path}: file is missing")
-        try:
-            with safe_open(path, framework="pt") as file:  # also checks that the file is as long as its header says
-                keys = set(file.keys())
-                odd = sorted(keys ^ set(listed or keys))
-                if odd:
-                    side = "the file lacks it" if odd[0] in listed else "the index does not list it"
-                    raise CheckpointError(f"{path}: {odd[0]}: {side}")
-                for key in sorted(keys):
-                    tensor = file.get_slice(key)
-                    yield path, key, tuple(tensor.get_shape()), tensor.get_dtype()
-        except (safetensors.SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: not a whole safetensors file: {error}") from None
+        with opened(path, "pt") as file:
+            keys = set(file.keys())
+            odd = sorted(keys ^ set(listed or keys))
+            if odd:
+                side = "the file lacks it" if odd[0] in listed else "the index does not list it"
+                raise CheckpointError(f"{path}: {odd[0]}: {side}")
+            for key in sorted(keys):
+                tensor = file.get_slice(key)
+                yield path, key, tuple(tensor.get_shape()), tensor.get_dtype()
 
 
 def _fill(

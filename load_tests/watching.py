@@ -1,7 +1,7 @@
 """What a viewer sees of a video that arrives: which fragment was there when, and whether playing had to wait for it.
 
-The stream is fragmented MP4 (ISO 14496-12): `ftyp`, `moov`, then for each chunk a `moof` with the table of its frames
-and an `mdat` with their bytes. A fragment can be played when its `mdat` is complete.
+The stream is fragmented MP4 (ISO 14496-12): `ftyp`, `moov`, `uuid`, then for each chunk a `moof` with the table of its
+frames and an `mdat` with their bytes. A fragment can be played when its `mdat` is complete.
 """
 
 from __future__ import annotations

@@ -135,7 +135,8 @@ export class Watch {
     const { video } = this;
     const madeS = endOf(this.#chunks);
     const aheadS = aheadOf(video);
-    const leftS = this.#lengthS - video.currentTime - aheadS;
+    // While a video is paused nothing comes that could be waited for: what is there is played.
+    const leftS = this.#status.paused ? 0 : this.#lengthS - video.currentTime - aheadS;
     const rate = this.#pace.rate(aheadS, leftS, video.defaultPlaybackRate, now());
     if (this.#stream && Math.abs(rate - video.playbackRate) > 0.005) video.playbackRate = rate;
     if (video.currentTime > 0) sessionStorage.setItem(this.#place, video.currentTime);

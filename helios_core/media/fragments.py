@@ -3,7 +3,7 @@
 A video is `init + fragment 0 + fragment 1 + …`: that is what a live viewer receives and what is downloaded in the end.
 Each chunk gets an encoder and a muxer of its own, so any process can make any fragment, and can make it again. What
 ties the fragments together is two numbers in their boxes (ISO/IEC 14496-12): the sequence number and the decode time.
-This module knows nothing about latents, stores or videos.
+Every file says that it was made by AI (provenance.py). This module knows nothing about latents, stores or videos.
 """
 
 # T = frames, H = height, W = width, R = H * 3 / 2 rows of an I420 frame: H of Y, then all of U, then all of V
@@ -23,6 +23,7 @@ import numpy.typing as npt
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 
 from helios_core.errors import MediaError
+from helios_core.media.provenance import XMP, XMP_BOX
 
 TICKS_PER_FRAME = 512  # the timescale is 512 * fps, so every frame's time is a whole number at every fps
 
@@ -37,7 +38,8 @@ if CPU_INFO.is_file() and "avx512" in CPU_INFO.read_text():
 
 @dataclass(frozen=True)
 class Fragment:
-    """One encoded chunk. `init`: ftyp + moov, the same for every fragment of a video; `data`: moof + mdat."""
+    """One encoded chunk. `init`: ftyp + moov + uuid (XMP_BOX), the same for every fragment of a video; `data`: moof +
+    mdat."""
 
     init: bytes
     data: bytes
@@ -62,14 +64,21 @@ def encode_fragment(frames_TRW: npt.NDArray[np.uint8], *, chunk_index: int, firs
     # Both boxes begin with a version byte and 3 bytes of flags. FFmpeg always writes tfdt as version 1: 64 bits.
     struct.pack_into(">I", data, _payload(data, b"moof", b"mfhd") + 4, chunk_index + 1)
     struct.pack_into(">Q", data, _payload(data, b"moof", b"traf", b"tfdt") + 4, first_frame * TICKS_PER_FRAME)
-    return Fragment(init=muxed[:moof], data=bytes(data), frames=len(frames_TRW))
+    # After moov: there FFmpeg finds it too, and Media Source Extensions have a player ignore what is between segments.
+    return Fragment(init=muxed[:moof] + XMP_BOX, data=bytes(data), frames=len(frames_TRW))
 
 
 def encode_jpeg(frame_RW: npt.NDArray[np.uint8]) -> bytes:
     """One frame, I420 as above, as a JPEG: a video's thumbnail."""
     sink = io.BytesIO()
-    _frame(frame_RW).to_image().save(sink, "JPEG", quality=85)
+    _frame(frame_RW).to_image().save(sink, "JPEG", quality=85, xmp=XMP)
     return sink.getvalue()
+
+
+def to_rgb(frame_RW: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """One frame, I420 as above, as RGB for people: uint8 [H, W, 3]."""
+    pixels: npt.NDArray[np.uint8] = _frame(frame_RW).to_ndarray(format="rgb24")
+    return pixels
 
 
 def _check(frames_TRW: npt.NDArray[np.uint8], chunk_index: int) -> None:
@@ -93,7 +102,9 @@ def _encode(frames_TRW: npt.NDArray[np.uint8], fps: int) -> bytes:
     """A whole MP4 of one fragment: ftyp, moov, moof, mdat, mfra."""
     sink = io.BytesIO()
     # frag_custom: a fragment ends when it is told to, here at close, and so holds all frames of the chunk.
+    # bitexact: the file does not name the version of FFmpeg.
     options = {
+        "fflags": "+bitexact",
         "movflags": "+frag_custom+empty_moov+default_base_moof",
         "video_track_timescale": str(TICKS_PER_FRAME * fps),
     }

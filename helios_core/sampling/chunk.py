@@ -108,15 +108,17 @@ class ChunkSampler:
             on_step=on_step,
         )
 
-    def warm_up(self, text_dim: int, state: StreamState, guidance_scale: float) -> None:
-        """Makes a chunk after `state` and forgets it, so that a GPU has the kernels for all shapes of this size.
+    def rehearse(self, text_dim: int, state: StreamState, guidance_scale: float) -> StreamState:
+        """The state after a chunk of no text, in as few steps as there can be.
 
-        Without it they are compiled and tuned while the first video waits: for seconds.
+        On a GPU the kernels for all shapes of this size are there afterwards. Without it they are compiled and tuned
+        while the first video waits: for seconds.
         """
         nothing = TextEmbeddings.of(torch.zeros(1, text_dim))
         steps = (1 + self.guidance.zero_steps, *[1] * (len(pyramid(self.scheduler)) - 1))
-        self.sample(nothing, state, steps, negative=nothing, guidance_scale=guidance_scale)
+        after = self.sample(nothing, state, steps, negative=nothing, guidance_scale=guidance_scale)
         self._contexts.clear()
+        return after
 
     @torch.inference_mode()
     def _text_context(self, texts: list[TextEmbeddings]) -> Any:

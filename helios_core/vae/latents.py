@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from helios_core.config import VaeConfig
+from helios_core.errors import NotFinite
 from helios_core.vae.model import WanVae
 
 Format = Callable[[Tensor], Tensor]  # frames [1, 3, T, H, W] in [-1, 1] ▸ uint8 [T, ...]
@@ -68,10 +69,17 @@ def decode_chunk(vae: WanVae, latents_1C9hw: Tensor, *formats: Format) -> list[N
     """A chunk's 33 frames, in each of `formats`, from its normalised latents [1, C, 9, h, w], fp32.
 
     Each chunk is decoded on its own, as the reference does: its first latent gives one frame, not four.
+    Raises NotFinite if they have values that are not numbers.
     """
     latents = denormalise(latents_1C9hw.to(vae.device), vae.config).to(vae.decoder_dtype)
-    passes = [[made(frames) for made in formats] for frames in vae.decode_frames(latents, LATENTS_PER_PASS)]
-    return [_to_host(torch.cat(videos)) for videos in zip(*passes, strict=True)]
+    passes, sums = [], []
+    for frames in vae.decode_frames(latents, LATENTS_PER_PASS):
+        passes.append([made(frames) for made in formats])
+        sums.append(frames.sum())  # what is not finite stays in it, and nothing is written to find it
+    videos = [_to_host(torch.cat(videos)) for videos in zip(*passes, strict=True)]
+    if not torch.stack(sums).isfinite().all():
+        raise NotFinite("the frames of a chunk have values that are not finite")
+    return videos
 
 
 def _luma(rgb_CTHW: Tensor) -> Tensor:

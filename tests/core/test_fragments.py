@@ -102,7 +102,7 @@ def test_init_is_the_same_for_every_fragment_of_a_video() -> None:
     assert len({fragment.init for fragment in fragments}) == 1
 
 
-def test_a_fragment_is_one_moof_and_one_mdat_and_nothing_else() -> None:
+def test_a_file_is_an_init_segment_one_moof_and_one_mdat_and_nothing_else() -> None:
     (fragment,) = encode_video((5,), 24)
     kinds, offset = [], 0
     file = fragment.init + fragment.data
@@ -110,7 +110,7 @@ def test_a_fragment_is_one_moof_and_one_mdat_and_nothing_else() -> None:
         size, kind = struct.unpack_from(">I4s", file, offset)
         kinds.append(kind)
         offset += size
-    assert kinds == [b"ftyp", b"moov", b"moof", b"mdat"]
+    assert kinds == [b"ftyp", b"moov", b"uuid", b"moof", b"mdat"]
 
 
 def test_a_fragment_depends_on_nothing_but_its_own_frames() -> None:

@@ -226,7 +226,7 @@ def test_a_warm_up_sees_every_shape_and_leaves_nothing(
     scheduler: SchedulerConfig, guidance: Guidance, solver: Any
 ) -> None:
     one = sampler(scheduler, guidance, solver)
-    one.warm_up(4, start(), 5.0)
+    one.rehearse(4, start(), 5.0)
     assert isinstance(one.model, Recorder)
     stages = len(pyramid(scheduler))
     assert {size for size, _ in one.model.calls} == {(8 >> stage, 16 >> stage) for stage in range(stages)}

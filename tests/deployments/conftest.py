@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -12,16 +11,13 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
-from ray.cluster_utils import Cluster
 
 from deployments import sampler, text_encoder, vae_decoder
-from deployments.cli import free_port
 from deployments.config import AppConfig
 from deployments.director import Director
 from deployments.ingress import http_app
 from deployments.keys import new_key
-from deployments.rendering import environment
-from deployments.service import OBJECT_STORE_BYTES, run_service
+from deployments.service import run_service
 from deployments.store import ONE, Store
 from deployments.tracing import Tracer
 from helios_core.checkpoints import KNOWN_MODELS, Checkpoint
@@ -30,43 +26,13 @@ from tests.core.media_files import write_samples
 from tests.deployments.s3 import S3Server
 from tests.deployments.test_director import GatedGraph
 
-# Ray's workers yield to everything else on the machine, by a niceness of 15: beside other work they hardly start.
-os.environ.setdefault("RAY_worker_niceness", "0")
-
-# The modules that share a service, the one that measures memory first.
-SHARING = ["test_ten_minutes", "test_service", "test_uploads"]
 MAX_UPLOAD_BYTES = 2 << 20  # of the shared service
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """First the tests that start a Ray of their own or none, then those on the shared one: there is one at a time."""
-
-    def place(item: pytest.Item) -> tuple[bool, int]:
-        module = item.path.stem
-        on_shared_ray = "shared_ray" in getattr(item, "fixturenames", ())
-        return on_shared_ray, SHARING.index(module) if module in SHARING else -1
-
-    items.sort(key=place)
 
 
 @dataclass(frozen=True)
 class Served:
     url: str
     store: Path
-
-
-@pytest.fixture(scope="session")
-def shared_ray() -> Iterator[int]:
-    """A Ray that every `run_service` from here on joins, and the port of its Serve. A start of Ray and Serve and a stop
-    take as long as that of all replicas."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment(AppConfig()).items():
-            patch.setenv(name, value)
-        head = {"num_cpus": os.cpu_count(), "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
-        cluster = Cluster(initialize_head=True, head_node_args=head)
-        patch.setenv("RAY_ADDRESS", cluster.address)
-        yield free_port()
-        cluster.shutdown()
 
 
 @pytest.fixture(scope="session")

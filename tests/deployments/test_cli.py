@@ -28,6 +28,7 @@ from helios_core.helios import Helios
 from helios_core.media.fragments import encode_fragment
 from helios_core.spec import Limits
 from tests.core.media_files import i420
+from tests.core.test_provenance import MADE_BY_AI, said_of_video
 from tests.deployments.boxes import read_boxes
 
 ROOT = Path(__file__).parents[2]
@@ -335,6 +336,7 @@ def test_generate_writes_a_playable_file_and_the_latents(helios: Run, seconds: f
         pictures = list(container.decode(video=0))
     assert [picture.pts * picture.time_base * 24 for picture in pictures] == list(range(frames))
     assert {(picture.width, picture.height) for picture in pictures} == {(128, 64)}
+    assert said_of_video(Path("sea.mp4").read_bytes()) == MADE_BY_AI
 
     saved = load_file("sea.latents")
     stream = Helios.load("random").stream("a sea", seconds=seconds, seed=7, steps=(1, 1, 1), amplify_first_chunk=False)

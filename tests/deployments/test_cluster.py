@@ -32,7 +32,7 @@ from deployments.rendering import APP_NAME, environment, serve_config_text
 from deployments.sampler import VERSION
 from deployments.service import OBJECT_STORE_BYTES
 from tests.deployments.prometheus import assert_all_queries_answer
-from tests.deployments.test_faults import Service, body, by_library, wait_until
+from tests.faults.service import Service, body, by_library, wait_until
 
 pytestmark = pytest.mark.ray
 
@@ -137,7 +137,8 @@ def nodes(tmp_path_factory: pytest.TempPathFactory, redis: str) -> Iterator[Node
         deploy(schema)
         limits = httpx.Limits(max_connections=None)
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120, limits=limits) as http:
-            yield Nodes(cluster, Service(str(http.base_url), http, folder / "store", folder / "spans.jsonl"), schema)
+            service = Service(str(http.base_url), http, folder / "store", folder / "spans.jsonl", config)
+            yield Nodes(cluster, service, schema)
         serve.shutdown()
         ray.shutdown()
         cluster.shutdown()

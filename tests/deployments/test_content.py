@@ -21,6 +21,7 @@ from deployments.making import ReplicaLost, RunningVideo, first_record
 from deployments.records import ChunkRecord, News, Status, Timings, VideoRecord
 from deployments.store import new_video_id
 from helios_core.config import CHUNK_FRAMES
+from tests.core.test_provenance import MADE_BY_AI, said_of_picture, said_of_video
 from tests.deployments.conftest import LocalService
 from tests.deployments.test_director import PROMPT, request
 
@@ -411,6 +412,16 @@ async def test_a_live_response_of_a_video_without_an_end_is_cut_off(
 
 
 # A video that is made for the one who asked
+
+
+async def test_what_is_sent_says_that_it_was_made_by_ai(service: LocalService) -> None:
+    stream = await service.http.post("/v1/videos/stream", json=BODY)
+    video_id = stream.headers["x-video-id"]
+    init = await service.http.get(f"/v1/videos/{video_id}/hls/init.mp4")
+    segment = await service.http.get(f"/v1/videos/{video_id}/hls/2.m4s")
+    for file in (stream.content, (await get(service, video_id)).content, init.content + segment.content):
+        assert said_of_video(file) == MADE_BY_AI
+    assert said_of_picture((await get(service, video_id, "?variant=thumbnail")).content) == MADE_BY_AI
 
 
 async def test_a_stream_is_the_video(service: LocalService) -> None:

@@ -14,7 +14,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from deployments.metrics import INGRESS_CPU, METRICS, Metric, Metrics, ingress_text
-from deployments.records import ChunkRecord, Status, StoredObject, Timings, VideoRecord
+from deployments.records import Check, ChunkRecord, Status, StoredObject, Timings, VideoRecord
 from helios_core.spec import VideoSpec
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +31,8 @@ SPEC = VideoSpec(
     steps=(2, 2, 2),
     amplify_first_chunk=True,
 )
-UNITS = {"videos", "calls", "replicas", "watchers", "chunks", "frames", "steps", "bytes", "seconds", "stalls"}
+CHECKED, OUTCOMES = ("prompt", "input", "frames"), ("allowed", "blocked", "refused", "let_through")
+UNITS = {"videos", "calls", "checks", "replicas", "watchers", "chunks", "frames", "steps", "bytes", "seconds", "stalls"}
 
 
 def chunk(index: int) -> ChunkRecord:
@@ -131,10 +132,13 @@ def test_every_series_is_there_from_the_start_at_zero() -> None:
         "helios_replicas text_encoder",
         "helios_replicas sampler",
         "helios_replicas vae_decoder",
+        *(f"helios_safety_checks_total {outcome} {part}" for part in CHECKED for outcome in OUTCOMES),
+        *(f"helios_safety_check_seconds_{end} {part}" for part in CHECKED for end in ("count", "sum")),
     }
     metrics = Metrics()
     make(metrics, [T + 2, T + 3], "completed", T + 4)
     metrics.retried("sampler", "input_lost")
+    metrics.checked(Check(part="frames", outcome="blocked", category="violence", seconds=0.5))
     assert set(samples(metrics)) == set(before)
 
 
@@ -246,6 +250,22 @@ def test_what_replicas_say_of_prompts_and_inputs() -> None:
         "helios_text_encode_seconds_sum": 0.25,
         "helios_media_encode_seconds_count": 1,
         "helios_media_encode_seconds_sum": 0.5,
+    }
+
+
+def test_safety_checks_are_counted_and_timed_by_what_was_checked() -> None:
+    metrics = Metrics()
+    for outcome, category in (("allowed", None), ("allowed", None), ("blocked", "violence")):
+        metrics.checked(Check(part="frames", outcome=outcome, category=category, seconds=0.25))
+    metrics.checked(Check(part="prompt", outcome="let_through", category=None, seconds=4))
+    assert moved(metrics) == {
+        "helios_safety_checks_total allowed frames": 2,
+        "helios_safety_checks_total blocked frames": 1,
+        "helios_safety_checks_total let_through prompt": 1,
+        "helios_safety_check_seconds_count frames": 3,
+        "helios_safety_check_seconds_sum frames": 0.75,
+        "helios_safety_check_seconds_count prompt": 1,
+        "helios_safety_check_seconds_sum prompt": 4,
     }
 
 

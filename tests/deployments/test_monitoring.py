@@ -141,6 +141,9 @@ FAILED = 'helios_videos_ended_total{status="failed"}'
 FIRST = "helios_time_to_first_fragment_seconds_bucket"
 SAMPLERS = 'helios_replicas{part="sampler"}'
 LOST = 'helios_retries_total{part="sampler",reason="replica_lost"}'
+CHECKED = 'helios_safety_checks_total{part="frames",outcome="allowed"}'
+REFUSED = 'helios_safety_checks_total{part="frames",outcome="refused"}'
+LET_THROUGH = 'helios_safety_checks_total{part="prompt",outcome="let_through"}'
 
 
 def rising(by: float) -> str:
@@ -159,6 +162,9 @@ HEALTHY = {
     COMPLETED: rising(1),
     FAILED: rising(0),
     LOST: rising(0),
+    CHECKED: rising(4),
+    REFUSED: rising(0),
+    LET_THROUGH: rising(0),
     "helios_chunks_committed_total": rising(4),
     "helios_frames_committed_total": rising(120),
     "helios_viewer_stall_seconds_total": rising(0),
@@ -190,6 +196,9 @@ CASES: list[tuple[str, dict[str, str | None], set[str]]] = [
     ("6 retries in 100 chunks", {LOST: rising(0.24)}, {"Retries"}),
     ("4 retries in 100 chunks", {LOST: rising(0.16)}, set()),
     ("retries and no chunk", {LOST: rising(1), "helios_chunks_committed_total": rising(0)}, {"Retries"}),
+    ("every check fails", {CHECKED: rising(0), REFUSED: rising(4)}, {"SafetyChecksFail"}),
+    ("now and then a check fails, open", {LET_THROUGH: rising(0.5)}, {"SafetyChecksFail"}),
+    ("checks failed, 20 minutes ago", {REFUSED: "0x60 1+1x9 10x20"}, set()),
     ("the store is away", {"helios_store_up": steady(0)}, {"StoreAway"}),
     ("the store was away", {"helios_store_up": "0x80 1x9"}, set()),
     ("no sampler", {SAMPLERS: steady(0)}, {"NoSampler"}),

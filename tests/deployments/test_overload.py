@@ -14,7 +14,7 @@ import pytest
 from deployments.config import AppConfig
 from deployments.keys import new_key
 from deployments.service import run_service
-from tests.deployments.test_faults import by_library, wait_until
+from tests.faults.service import by_library, wait_until
 
 pytestmark = pytest.mark.ray
 

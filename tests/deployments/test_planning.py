@@ -15,17 +15,8 @@ from PIL import Image
 from deployments import planning, scheduling
 from deployments.chunk_times import GPUS, SERVICE, Times, estimated, of_report, read_times
 from deployments.config import ConfigError
-from deployments.planning import (
-    DAY_HOURS,
-    DIRECTOR_BUSY,
-    Figures,
-    Plan,
-    PlanConfig,
-    Targets,
-    Traffic,
-    Unreachable,
-    plan,
-)
+from deployments.plan_config import DAY_HOURS, PlanConfig, Targets, Traffic
+from deployments.planning import DIRECTOR_BUSY, Figures, Plan, Unreachable, plan
 from deployments.simulation import Asked, Fleet, Seen
 from helios_core.errors import HeliosError, InvalidInput
 from tests.deployments.test_cli import Run, helios

@@ -241,7 +241,7 @@ async def test_a_change_that_could_not_be_stored_is_none(
 async def test_a_chunk_that_is_made_again_has_its_text_again(
     service: LocalService, monkeypatch: pytest.MonkeyPatch, loss: type[Exception]
 ) -> None:
-    monkeypatch.setattr("deployments.making.RETRY_AFTER_S", (0.0, 0.0, 0.0))
+    monkeypatch.setattr("deployments.making.RETRY_AFTER_S", (0.0, 0.0))
     service.graph.losses[PROMPT, "sampled 1"] = [loss("gone") for _ in range(2)]
     video_id, gate = await held(service, "sampled 1")
     assert (await changed(service, video_id, FOREST))["chunk"] == 2
@@ -255,9 +255,9 @@ async def test_a_text_that_is_lost_costs_the_video_nothing(
     service: LocalService, monkeypatch: pytest.MonkeyPatch, loss: type[Exception]
 ) -> None:
     """Neither a frame nor one of its chunks' retries."""
-    monkeypatch.setattr("deployments.making.RETRY_AFTER_S", (0.0, 0.0, 0.0))
+    monkeypatch.setattr("deployments.making.RETRY_AFTER_S", (0.0, 0.0))
     video_id, gate = await held(service, "sample 0", seconds=2 * CHUNK)
-    encode, losses = service.graph.encode, [loss("gone") for _ in range(4 + 3)]
+    encode, losses = service.graph.encode, [loss("gone") for _ in range(3 + 2)]
 
     async def losing(call: Any, model: str, prompt: str) -> Any:
         if losses and prompt == FOREST:
@@ -267,10 +267,10 @@ async def test_a_text_that_is_lost_costs_the_video_nothing(
     monkeypatch.setattr(service.graph, "encode", losing)
     answer = await change(service, video_id, FOREST)
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
-    assert len(losses) == 3 and "retry-after" in answer.headers
+    assert len(losses) == 2 and "retry-after" in answer.headers
     assert (await show(service, video_id))["prompts"] == []
-    assert (await changed(service, video_id, FOREST))["chunk"] == 1  # the fourth time it comes through
-    service.graph.losses[PROMPT, "sampled 1"] = [ReplicaLost("gone") for _ in range(3)]
+    assert (await changed(service, video_id, FOREST))["chunk"] == 1  # the third time it comes through
+    service.graph.losses[PROMPT, "sampled 1"] = [ReplicaLost("gone") for _ in range(2)]
     made = await finish(service, video_id, gate)
     assert essence(made) == await expected(service, scheduled(1, FOREST), seconds=2 * CHUNK)
 

@@ -6,7 +6,8 @@ and puts fail. Some videos that ended are extended, forked or remixed, while the
 Every delay is drawn from the seed, in whole seconds of virtual time and in rounds of the event loop, so that many
 things happen at the same moment, and the same seed is the same World. At the end it must be as was promised.
 
-One seed alone, with its log: `python -m tests.deployments.test_races SEED`.
+`BLOCKS=10` tries ten times two hundred seeds. One seed alone, with its log:
+`python -m tests.deployments.test_races SEED`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import gc
 import hashlib
 import logging
 import math
+import os
 import random
 import sys
 import tempfile
@@ -961,9 +963,10 @@ RACES = {
     **{f"ended: {end}": 3 for end in ("completed", "cancelled", "media_error", "chunk_lost", "store_unavailable")},
 }
 BLOCK = 200
+BLOCKS = int(os.environ.get("BLOCKS", "1"))
 
 
-@pytest.mark.parametrize("block", range(2))
+@pytest.mark.parametrize("block", range(BLOCKS))
 def test_races(block: int, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.CRITICAL, "deployments")
     seen: Counter[str] = Counter()

@@ -230,7 +230,7 @@ taking = pytest.mark.parametrize("takes", TAKING.values(), ids=TAKING)
 
 
 def test_a_head_wants_its_token(parts: Parts) -> None:
-    """Which all Rays of the tests have, by tests/conftest.py: this process shows it, a stranger does not."""
+    """Which all Rays of the tests have, by tests/__init__.py: this process shows it, a stranger does not."""
     assert not answers_strangers(parts.cluster.address)
 
 

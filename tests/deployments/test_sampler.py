@@ -98,12 +98,28 @@ def test_a_call_that_does_not_end_makes_its_replica_unhealthy() -> None:
     now = 100.0
     watchdog = Watchdog(60.0, clock=lambda: now)
     watchdog.check()
-    with watchdog.watching():
+    with watchdog.watching("large"):
         now = 150.0
-        with watchdog.watching():  # of two calls the longer one counts
+        with watchdog.watching("small"):  # of two calls the longer one counts
             now = 160.0
             watchdog.check()
             now = 161.0
-            with pytest.raises(Overdue, match=r"taken 61 s; allowed: max_call_seconds 60"):
+            with pytest.raises(Overdue, match=r"taken 61 s; allowed: 60 s"):
                 watchdog.check()
     watchdog.check()
+
+
+@pytest.mark.parametrize(("took", "allowed"), [(0.5, 5.0), (2.0, 8.0), (40.0, 60.0)])
+def test_a_call_may_take_four_times_as_long_as_the_longest_of_its_kind(took: float, allowed: float) -> None:
+    now = 0.0
+    watchdog = Watchdog(60.0, clock=lambda: now)
+    for seconds in (took, took / 2):
+        with watchdog.watching("small"):
+            now += seconds
+    for kind, may_take in (("small", allowed), ("large", 60.0)):
+        with watchdog.watching(kind):
+            now += may_take
+            watchdog.check()
+            now += 0.1
+            with pytest.raises(Overdue):
+                watchdog.check()

@@ -57,7 +57,7 @@ def test_a_stream_arrives_while_it_is_made(shared_service: Served, http: httpx.C
         parts = live.iter_raw()
         first = reader(parts)
         boxes = read_boxes(first)
-        kinds = [next(boxes) for _ in range(4)]
+        kinds = [next(boxes) for _ in range(5)]
         arrived = time.time()  # the head and the whole first fragment
         # A second viewer, late by a fragment, while the video is being made.
         with http.stream("GET", f"/v1/videos/{video_id}/content") as late:
@@ -66,7 +66,7 @@ def test_a_stream_arrives_while_it_is_made(shared_service: Served, http: httpx.C
         live_bytes = b"".join(box for _, box in kinds) + b"".join(box for _, box in boxes)
 
     record = record_of(video_id, shared_service.store)
-    assert [kind for kind, _ in kinds] == ["ftyp", "moov", "moof", "mdat"]
+    assert [kind for kind, _ in kinds] == ["ftyp", "moov", "uuid", "moof", "mdat"]
     assert [chunk.frames for chunk in record.chunks] == [33, 33, 33, 33, 33, 15]
     assert arrived < record.chunks[3].timings.sample_started_at, "the first fragment came after the fourth chunk began"
 

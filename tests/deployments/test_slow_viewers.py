@@ -29,7 +29,7 @@ from deployments.records import ChunkRecord, Timings, VideoRecord, VideoRequestR
 from deployments.service import run_service
 from deployments.store import Store, new_video_id
 from helios_core.spec import VideoSpec
-from tests.deployments.test_faults import body, processes
+from tests.faults.service import body, processes
 
 pytestmark = pytest.mark.ray
 

@@ -21,9 +21,9 @@ from deployments.watching import KEPT_BYTES
 from tests.deployments.boxes import read_boxes, reader
 from tests.deployments.conftest import Served
 from tests.deployments.memory import in_use, resident
-from tests.deployments.test_faults import object_store_bytes, serve_actors
 from tests.deployments.test_service import pts_of
 from tests.deployments.viewer import VIDEO, Viewer, chromium, entering
+from tests.faults.service import object_store_bytes, serve_actors
 
 pytestmark = pytest.mark.ray
 

@@ -25,7 +25,7 @@ from PIL import Image
 from deployments.rendering import APP_NAME
 from tests.core import media_files
 from tests.deployments.conftest import MAX_UPLOAD_BYTES, Served
-from tests.deployments.test_faults import wait_until
+from tests.faults.service import wait_until
 
 pytestmark = pytest.mark.ray
 

@@ -1,235 +1,61 @@
-"""The whole service with many videos and real processes that are killed: every stream ends on the same connection, with
-the bytes that the library makes.
+"""The whole service with many videos and real processes that are killed: what is said of it, and what stays behind.
 
-`TRIALS=10` runs ten seeded trials of each kill instead of one, and ten times the cancels (`make faults`).
+That every stream ends on the same connection with the bytes that the library makes: test_scenarios.py. `TRIALS=10`
+cancels ten times as many.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
-import json
 import os
 import random
+import shutil
 import signal
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
-import ray
-from prometheus_client.parser import text_string_to_metric_families
-from ray import serve
-from ray._private.internal_api import global_gc, node_stats
+from ray._private.internal_api import global_gc
 
-from deployments.config import AppConfig
-from deployments.records import VideoRecord
-from deployments.rendering import APP_NAME
-from deployments.service import run_service
-from helios_core.helios import Helios
-from helios_core.media.fragments import encode_fragment
+from deployments.ray_calls import deploy
+from deployments.rendering import serve_config
+from helios_core.checkpoints import Checkpoint
 from tests.deployments.boxes import read_boxes, reader
+from tests.faults.service import (
+    CHUNK_SECONDS,
+    REPLICAS,
+    SAMPLERS,
+    Service,
+    body,
+    by_library,
+    gauges,
+    object_store_bytes,
+    ongoing_requests,
+    processes,
+    running,
+    wait_for_end,
+    wait_until,
+)
 
 pytestmark = pytest.mark.ray
 
-TRIALS = int(os.environ.get("TRIALS", "1"))
-CANCELS = 64 * TRIALS
-SAMPLERS = 2
-CHUNK_SECONDS = 0.5  # of sampling, paced: so that a kill finds a sampler in the midst of a chunk
-REPLICAS = {"Sampler": SAMPLERS, "VaeDecoder": 1, "TextEncoder": 1, "Director": 1, "Ingress": 1}
-
-Body = dict[str, Any]
+CANCELS = 64 * int(os.environ.get("TRIALS", "1"))
 
 
-@dataclass
-class Service:
-    url: str
-    http: httpx.Client
-    store: Path
-    trace_file: Path
-
-    def stream(self, body: Body, began: threading.Event | None = None) -> tuple[str, bytes]:
-        """A video's id and the bytes of its live stream. `began` is set when its first fragment has arrived."""
-        with self.http.stream("POST", "/v1/videos/stream", json=body) as response:
-            assert response.status_code == 200, response.read()
-            parts = response.iter_raw()
-            data = b""
-            for kind, box in read_boxes(reader(parts)):
-                data += box
-                if kind == "mdat" and began is not None:
-                    began.set()
-            return response.headers["x-video-id"], data
-
-    def together(self, bodies: list[Body], disturb: Callable[[], None] = lambda: None) -> list[tuple[str, bytes]]:
-        """Streams all at once; `disturb` is called when each has its first fragment."""
-        events = [threading.Event() for _ in bodies]
-        with ThreadPoolExecutor(len(bodies)) as pool:
-            streams = [pool.submit(self.stream, body, event) for body, event in zip(bodies, events, strict=True)]
-            for event in events:
-                assert event.wait(60)
-            disturb()
-            return [stream.result() for stream in streams]
-
-    def metric(self, name: str, **labels: str) -> float:
-        families = text_string_to_metric_families(self.http.get("/metrics").text)
-        samples = [sample for family in families for sample in family.samples if sample.name == name]
-        (value,) = [sample.value for sample in samples if labels.items() <= sample.labels.items()]
-        return value
-
-    def lost(self, part: str) -> float:
-        return self.metric("helios_retries_total", part=part, reason="replica_lost")
-
-    def record(self, video_id: str) -> VideoRecord:
-        """The committed record, from the store and not from the service."""
-        names = (self.store / "videos" / video_id).glob("record.t*.json")
-        newest = max(names, key=lambda path: int(path.name.removeprefix("record.t").removesuffix(".json")))
-        return VideoRecord.model_validate_json(newest.read_bytes())
-
-    def spans(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.trace_file.read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory, shared_ray: int) -> Iterator[Service]:
-    folder = tmp_path_factory.mktemp("faults")
-    sampler = {"min_replicas": SAMPLERS, "max_replicas": SAMPLERS, "min_chunk_seconds": CHUNK_SECONDS}
-    config = AppConfig(
-        store=str(folder / "store"),
-        port=shared_ray,
-        testing=True,
-        store_patience_s=2.0,
-        torch_threads=1,
-        trace_file=str(folder / "spans.jsonl"),
-    ).override(models=[{"model": "random", "sampler": sampler}])
-    limits = httpx.Limits(max_connections=None)
-    with run_service(config) as url, httpx.Client(base_url=url, timeout=120, limits=limits) as http:
-        yield Service(url, http, folder / "store", folder / "spans.jsonl")
-
-
-@pytest.fixture(autouse=True)
-def whole(service: Service) -> None:
-    """Every test begins with all replicas there and nothing under way."""
-    for name in REPLICAS:
-        wait_until(partial(running, name))
-    assert gauges(service) == {}
-
-
-def body(seed: int, chunks: int = 6, **settings: Any) -> Body:
-    prompt = "a red sun over a blue sea"
-    return {"prompt": prompt, "seconds": chunks * 33 / 24, "seed": seed, "steps": [1, 1, 1], **settings}
-
-
-@functools.cache
-def library() -> Helios:
-    return Helios.load("random", threads=1)
-
-
-def by_library(wanted: Body) -> bytes:
-    """The video as it is when nothing happens and nothing else is made."""
-    return _made(json.dumps(wanted))
-
-
-@functools.cache
-def _made(wanted: str) -> bytes:
-    data, settings = b"", json.loads(wanted)
-    for chunk in library().stream(**{**settings, "steps": tuple(settings["steps"])}):
-        fragment = encode_fragment(chunk.yuv, chunk_index=chunk.index, first_frame=33 * chunk.index, fps=24)
-        data += fragment.data if chunk.index else fragment.init + fragment.data
-    return data
-
-
-def wait_until(reached: Callable[[], bool]) -> None:
-    """Serve tells of no change: it has to be asked."""
-    deadline = time.monotonic() + 60
-    while not reached():
-        assert time.monotonic() < deadline, "this took more than a minute"
-        time.sleep(0.05)
-
-
-def running(deployment: str) -> bool:
-    states = serve.status().applications[APP_NAME].deployments[deployment].replica_states
-    return states == {"RUNNING": REPLICAS[deployment]}
-
-
-def processes(deployment: str) -> list[psutil.Process]:
-    """Of this service: there may be others on the machine."""
-    title = f"ray::ServeReplica:{APP_NAME}:{deployment}"
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if any(part.startswith(title) for part in process.cmdline()):
-                found.append(process)
-        except psutil.NoSuchProcess:
-            pass  # it ended while we looked
-    return found
-
-
-def kill(deployment: str, rng: random.Random, within: float, everyone: bool = False) -> None:
-    """SIGKILL at a random moment."""
-    victims = processes(deployment)
+def kill(deployment: str, rng: random.Random, within: float = 0.0) -> None:
+    """SIGKILL to one of its replicas, at a random moment."""
+    victim = rng.choice(processes(deployment))
     time.sleep(rng.uniform(0, within))
-    for victim in victims if everyone else [rng.choice(victims)]:
-        victim.send_signal(signal.SIGKILL)
+    victim.send_signal(signal.SIGKILL)
 
 
-def gauges(service: Service) -> dict[str, float]:
-    """Of what is under way, all that is not 0."""
-    names = ["helios_videos_running", "helios_queue_depth", "helios_sampling", "helios_watchers"]
-    return {name: value for name in names if (value := service.metric(name))}
-
-
-# Kills
-
-KILLS: dict[str, tuple[str, bool, Body]] = {
-    "the busy sampler": ("sampler", False, {}),
-    "all samplers": ("sampler", True, {}),
-    "the VAE decoder": ("vae_decoder", True, {"chunks": 4, "size": "192x128"}),  # a size at which rendering takes long
-}
-
-
-@pytest.mark.parametrize("name", KILLS)
-def test_a_killed_replica_costs_no_frame(service: Service, name: str) -> None:
-    part, everyone, settings = KILLS[name]
-    deployment = {"sampler": "Sampler", "vae_decoder": "VaeDecoder"}[part]
-    bodies = [body(seed, **settings) for seed in (1, 2)]
-    undisturbed = [by_library(body) for body in bodies]
-    hits = 0
-    for seed in range(4 * TRIALS):
-        before, rng = service.lost(part), random.Random(f"{name} {seed}")
-        made = service.together(bodies, partial(kill, deployment, rng, 2 * CHUNK_SECONDS, everyone))
-        assert [data for _, data in made] == undisturbed, f"seed {seed}"
-        hits += service.lost(part) > before
-        wait_until(partial(running, deployment))
-        if hits == TRIALS:
-            return
-    pytest.fail(f"only {hits} of {4 * TRIALS} kills hit a replica at work")
-
-
-def test_a_killed_text_encoder_costs_no_frame(service: Service) -> None:
-    """The longest prompts, four at once, so that the kill finds it at work."""
-    bodies = [body(seed, chunks=1, prompt=f"{seed} " + "waves " * 1300) for seed in range(4)]
-    undisturbed = [by_library(body) for body in bodies]
-    hits = 0
-    for seed in range(8 * TRIALS):
-        before, rng = service.lost("text_encoder"), random.Random(seed)
-        with ThreadPoolExecutor(len(bodies)) as pool:
-            streams = [pool.submit(service.stream, one) for one in bodies]
-            kill("TextEncoder", rng, 0.1)
-            assert [stream.result()[1] for stream in streams] == undisturbed, f"seed {seed}"
-        hits += service.lost("text_encoder") > before
-        wait_until(partial(running, "TextEncoder"))
-        if hits == TRIALS:
-            return
-    pytest.fail(f"only {hits} of {8 * TRIALS} kills hit the encoder at work")
+# The trace
 
 
 def test_the_trace_of_a_video_whose_sampler_was_killed(service: Service) -> None:
@@ -245,7 +71,7 @@ def test_the_trace_of_a_video_whose_sampler_was_killed(service: Service) -> None
     finally:
         del service.http.headers["traceparent"]
     retried = 0
-    for video_id, _ in made:
+    for video_id, *_ in made:
         retried += check_trace(service.spans(), video_id, caller)
     assert retried >= 1
 
@@ -305,18 +131,24 @@ def component(span: dict[str, Any]) -> str:
     return str(span["resource"]["attributes"]["helios.component"])
 
 
-def test_a_killed_director_costs_no_byte(service: Service) -> None:
-    """The next one goes on, and the viewers' connections never hear of it."""
-    bodies = [body(seed) for seed in (1, 2)]
-    undisturbed = [by_library(body) for body in bodies]
-    for seed in range(TRIALS):
-        rng = random.Random(f"Director {seed}")
-        made = service.together(bodies, partial(kill, "Director", rng, 2 * CHUNK_SECONDS))
-        assert [data for _, data in made] == undisturbed, f"seed {seed}"
-        assert service.metric("helios_videos_resumed_total") == len(bodies)
-        for video_id, data in made:
-            assert service.http.get(f"/v1/videos/{video_id}/content").content == data
-        wait_until(partial(running, "Director"))
+# A video that kills
+
+
+def test_a_video_that_kills_its_samplers_is_given_up_and_the_others_are_not(service: Service) -> None:
+    """Whoever takes it dies, three times. (That neighbours on a replica come through: test_director.py.)"""
+    video_id = service.http.post("/v1/videos", json=body(1, chunks=40)).raise_for_status().json()["id"]
+    lost = service.lost("sampler")
+    for kills in range(1, 4):
+        wait_until(lambda: service.metric("helios_sampling") == 1)
+        for victim in processes("Sampler"):  # one of them is at it
+            victim.kill()
+        wait_until(lambda kills=kills: service.lost("sampler") >= lost + kills)
+    wait_until(lambda: service.http.get(f"/v1/videos/{video_id}").json()["status"] == "failed")
+    assert service.http.get(f"/v1/videos/{video_id}").json()["error"]["code"] == "chunk_lost"
+    assert service.stream(body(2)).data == by_library(body(2))
+
+
+# Keys, and viewers that nobody speaks for
 
 
 def test_five_hundred_posts_with_fifty_keys_make_fifty_videos(service: Service) -> None:
@@ -325,7 +157,7 @@ def test_five_hundred_posts_with_fifty_keys_make_fifty_videos(service: Service) 
     rng = random.Random(0)
     rng.shuffle(keys)
     answered, kills = itertools.count(), {rng.randrange(100, 250): "Director", rng.randrange(250, 400): "Ingress"}
-    before = service.stream(body(0, chunks=1))[0]
+    before = service.stream(body(0, chunks=1)).video_id
 
     def post(key: int) -> tuple[int, str]:
         sent = {"json": body(key, chunks=1, size="64x64"), "headers": {"Idempotency-Key": f"key {key}"}}
@@ -336,7 +168,7 @@ def test_five_hundred_posts_with_fifty_keys_make_fifty_videos(service: Service) 
                     break
         assert answer.status_code == 200, answer.text
         if victim := kills.get(next(answered)):
-            kill(victim, rng, 0)
+            kill(victim, rng)
         return key, answer.json()["id"]
 
     with ThreadPoolExecutor(16) as pool:
@@ -360,7 +192,7 @@ def test_a_killed_ingress_leaves_no_stream_behind(service: Service) -> None:
         video_id = response.headers["x-video-id"]
         boxes = read_boxes(reader(response.iter_raw()))
         assert "mdat" in (kind for kind, _ in boxes)
-        kill("Ingress", random.Random(0), 0)
+        kill("Ingress", random.Random(0))
         for _ in boxes:
             pass
     wait_until(partial(running, "Ingress"))
@@ -381,8 +213,8 @@ def test_an_error_of_our_own_ends_its_video_alone(service: Service) -> None:
         broken.append(created["id"])
 
     before = service.http.get("/metrics").text
-    (_, data), = service.together([good], break_another)  # fmt: skip
-    assert data == by_library(good)
+    (made,) = service.together([good], break_another)
+    assert made.data == by_library(good)
     (video_id,) = broken
     wait_until(lambda: service.http.get(f"/v1/videos/{video_id}").json()["status"] == "failed")
     answer = service.http.get(f"/v1/videos/{video_id}")
@@ -447,7 +279,7 @@ def test_eight_videos_take_turns_on_two_samplers(service: Service) -> None:
 
 
 def test_cancels_leave_nothing_behind(service: Service) -> None:
-    twin = service.stream(body(7))[1]
+    twin = service.stream(body(7)).data
     wait_until(lambda: gauges(service) == {})
     global_gc()  # of references in cycles that Python had no reason to look for yet
     baseline, memory = ongoing_requests(), object_store_bytes()
@@ -484,29 +316,24 @@ def test_cancels_leave_nothing_behind(service: Service) -> None:
     global_gc()
     wait_until(lambda: object_store_bytes() <= memory)
     assert {path for path in service.store.rglob("*") if path.is_file()} == before
-    assert service.stream(body(7))[1] == twin
+    assert service.stream(body(7)).data == twin
 
 
-def wait_for_end(service: Service, video_id: str) -> VideoRecord:
-    wait_until(lambda: not (service.store / "active" / video_id).exists())
-    return service.record(video_id)
+# Another model
 
 
-def ongoing_requests() -> dict[str, int]:
-    """What each replica is at, as it says itself."""
-    replicas = {name: actor for name, actor in serve_actors().items() if name.startswith(f"SERVE_REPLICA::{APP_NAME}#")}
-    calls = {name: replica.get_num_ongoing_requests.remote() for name, replica in replicas.items()}
-    return {name: ray.get(answer) for name, answer in calls.items()}
+def test_weights_that_are_not_whole_never_take_over(service: Service, tmp_path: Path) -> None:
+    """The version that is there goes on as if nobody had asked for another one."""
+    broken = Path(shutil.copytree(Checkpoint.open("random").folder, tmp_path / "broken"))
+    (file,) = broken.glob("transformer/*-00001-of-*.safetensors")
+    os.truncate(file, file.stat().st_size - 1)
+    before = {name: processes(name) for name in REPLICAS}
 
+    def deploy_it() -> None:
+        with pytest.raises(RuntimeError, match=f"{file.name}: not a whole safetensors file"):
+            deploy(serve_config(service.config.with_model(str(broken))))
 
-def serve_actors() -> dict[str, Any]:
-    """Every replica, and what Serve has besides, by name."""
-    names = [item["name"] for item in ray.util.list_named_actors(all_namespaces=True)]
-    return {name: ray.get_actor(name, namespace="serve") for name in names}
-
-
-def object_store_bytes() -> int:
-    """Bytes in the node's object store."""
-    (node,) = ray.nodes()
-    stats = node_stats(node["NodeManagerAddress"], node["NodeManagerPort"], False)
-    return int(stats.store_stats.object_store_bytes_used)
+    (made,) = service.together([body(1)], deploy_it)
+    assert made.data == by_library(body(1))
+    assert service.stream(body(2)).data == by_library(body(2))
+    assert {name: processes(name) for name in REPLICAS} == before

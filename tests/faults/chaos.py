@@ -1,0 +1,103 @@
+"""`make chaos TRIALS=20`: every scenario so many times, and a table of what came of it, for RELIABILITY.md.
+
+A trial counts if the fault found its replica at work. The last line is the same as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deployments.cli import free_port
+from tests.faults.scenarios import SCENARIOS, Scenario, Trial, trial, undisturbed
+from tests.faults.service import Service, serving
+
+UNDISTURBED = 3  # runs
+TRIES = 4  # for each trial that counts, at most
+
+
+def wilson(successes: int, trials: int, z: float = 1.96) -> float:
+    """The lower bound of the 95 % interval of a share (Wilson 1927)."""
+    share, square = successes / trials, z * z / trials
+    return (share + square / 2 - z * math.sqrt(share * (1 - share) / trials + square / (4 * trials))) / (1 + square)
+
+
+def percentiles(seconds: list[float]) -> dict[str, float]:
+    return {f"p{p}": round(float(np.percentile(seconds, p)), 2) for p in (50, 95, 99)}
+
+
+def run(service: Service, name: str, scenario: Scenario, trials: int, videos: int) -> dict[str, Any]:
+    calm = [pause for _ in range(UNDISTURBED) for pause in undisturbed(service, scenario, videos)]
+    tried: list[Trial] = []
+    for seed in range(TRIES * trials):
+        tried.append(trial(service, scenario, seed, videos))
+        if sum(each.hit for each in tried) == trials:
+            break
+    hits = [each for each in tried if each.hit]
+    streams, whole = sum(each.streams for each in tried), sum(each.whole for each in tried)
+    return {
+        "scenario": name,
+        "row": scenario.row,
+        "trials": len(tried),
+        "hits": len(hits),
+        "streams": streams,
+        "whole": whole,
+        "wilson_95": round(wilson(whole, streams), 4),
+        "undisturbed_pause_s": percentiles(calm),
+        "pause_s": percentiles([pause for each in hits for pause in each.pauses_s]) if hits else None,
+        "recovered_s": round(statistics.median(each.recovered_s for each in hits), 1) if hits else None,
+    }
+
+
+HEAD = (
+    "| what happens | row | trials (at work) | streams whole | 95 % at least | longest pause p50 / p95 / p99, s "
+    "| if nothing happens | all replicas back after, s |\n|---|---|---|---|---|---|---|---|"
+)
+
+
+def line(row: dict[str, Any]) -> str:
+    pauses, calm = (
+        "none" if times is None else " / ".join(f"{seconds:.2f}" for seconds in times.values())
+        for times in (row["pause_s"], row["undisturbed_pause_s"])
+    )
+    return (
+        f"| {row['scenario']} | {row['row']} | {row['trials']} ({row['hits']}) | {row['whole']} of {row['streams']} "
+        f"| {row['wilson_95']:.1%} | {pauses} | {calm} | {row['recovered_s']} |"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--trials", type=int, default=1)
+    parser.add_argument("--videos", type=int, default=8, help="at once, where a scenario has not fewer")
+    parser.add_argument("--only", default="", help="the scenarios whose name has these words")
+    options = parser.parse_args()
+    os.environ.setdefault("RAY_worker_niceness", "0")  # as in the tests
+    rows = []
+    print(HEAD)  # noqa: T201
+    with tempfile.TemporaryDirectory() as folder, serving(Path(folder), free_port()) as service:
+        for name, scenario in SCENARIOS.items():
+            if options.only in name:
+                rows.append(run(service, name, scenario, options.trials, options.videos))
+                print(line(rows[-1]), flush=True)  # noqa: T201
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    about = {"commit": commit, "cpus": os.cpu_count(), "machine": platform.processor() or platform.machine()}
+    versions = {name: version(name) for name in ("ray", "torch")}
+    print(json.dumps({**about, "versions": versions, "scenarios": rows}))  # noqa: T201
+    return 0 if all(row["whole"] == row["streams"] and row["hits"] >= options.trials for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

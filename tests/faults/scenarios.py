@@ -1,0 +1,204 @@
+"""What goes wrong, to whom, while which videos are made; and what is asked of the service then.
+
+A trial streams a scenario's videos at once. As soon as each has a fragment one fault is done, at a moment that the
+trial's seed chooses. Every stream must end on the connection that it began on, with the bytes that it has when nothing
+happens. Afterwards nothing may be left: no replica too many or too few, nothing under way, no descriptor, no bytes in
+the object store.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import random
+import resource
+import signal
+import struct
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import psutil
+from ray._private.internal_api import global_gc
+from safetensors import safe_open
+
+from helios_core.checkpoints import Checkpoint
+from tests.faults.service import (
+    CHUNK_SECONDS,
+    REPLICAS,
+    Body,
+    Service,
+    Streamed,
+    body,
+    by_library,
+    object_store_bytes,
+    processes,
+    wait_until,
+)
+
+LARGEST = 4  # weights
+SPARE_DESCRIPTORS = 16  # connections to other processes of the cluster, which stay open
+
+Fault = Callable[[psutil.Process], None]
+
+
+def killed(process: psutil.Process) -> None:
+    process.send_signal(signal.SIGKILL)
+
+
+def stopped(process: psutil.Process) -> None:
+    """Alive and silent, until somebody kills it."""
+    process.send_signal(signal.SIGSTOP)
+
+
+def terminated(process: psutil.Process) -> None:
+    """As by a node that is drained."""
+    process.send_signal(signal.SIGTERM)
+
+
+def short_of_memory(process: psutil.Process) -> None:
+    """From now on it gets no memory that it has not got."""
+    process.rlimit(psutil.RLIMIT_AS, (process.memory_info().vms, resource.RLIM_INFINITY))
+
+
+def spoilt(part: str, process: psutil.Process) -> None:
+    """The first number of some of a model's weights becomes NaN, where they lie in the memory of a running process."""
+    weights = _beginnings(part)
+    maps = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
+    hits = 0
+    with open(f"/proc/{process.pid}/mem", "r+b", buffering=0) as memory:
+        for addresses, rights, *_ in map(str.split, maps):
+            begin, end = (int(address, 16) for address in addresses.split("-"))
+            if rights != "rw-p":
+                continue
+            try:
+                memory.seek(begin)
+                data = memory.read(end - begin)
+                for place in filter(lambda place: place >= 0, map(data.find, weights)):
+                    memory.seek(begin + place)
+                    memory.write(struct.pack("<f", math.nan))
+                    hits += 1
+            except OSError:  # reserved and never touched; or the process has ended itself meanwhile
+                continue
+    assert hits, f"none of the weights of {part} was found"
+
+
+@functools.cache
+def _beginnings(part: str) -> list[bytes]:
+    """The first bytes of a part's largest weights, in fp32."""
+    tensors = []
+    for path in sorted(Path(Checkpoint.open("random").part(part)).glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            tensors += [file.get_tensor(name).float().flatten() for name in file.keys()]
+    largest = sorted(tensors, key=len)[-LARGEST:]
+    return [struct.pack("<16f", *tensor[:16].tolist()) for tensor in largest]
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """`row`: of the table of faults in RELIABILITY.md; `deployment`: one of its replicas, or `everyone`, meets the
+    `fault`; `part`: what is lost if it was at work, None: nothing is; `from_start`: the fault is done `within_s` after
+    the videos were asked for, else after each has a fragment."""
+
+    row: str
+    deployment: str
+    fault: Fault
+    part: str | None
+    everyone: bool = False
+    videos: int = 8
+    chunks: int = 6
+    settings: Body = field(default_factory=dict)
+    within_s: float = 2 * CHUNK_SECONDS
+    from_start: bool = False
+
+    def bodies(self, videos: int) -> list[Body]:
+        return [body(seed, self.chunks, **self.settings) for seed in range(min(videos, self.videos))]
+
+
+LARGE: Body = {"size": "192x128"}  # a size at which rendering takes long
+LONG: Body = {"prompt": "waves " * 1300}  # takes the text encoder as long as a prompt can
+SCENARIOS: dict[str, Scenario] = {
+    "one sampler is killed": Scenario("R1", "Sampler", killed, "sampler"),
+    "one sampler is killed, another is idle": Scenario("R1", "Sampler", killed, "sampler", videos=1),
+    "all samplers are killed": Scenario("R1", "Sampler", killed, "sampler", everyone=True),
+    "the VAE decoder is killed": Scenario("R2", "VaeDecoder", killed, "vae_decoder", chunks=4, settings=LARGE),
+    "the text encoder is killed": Scenario(
+        "R2", "TextEncoder", killed, "text_encoder", chunks=1, settings=LONG, from_start=True, within_s=0.1
+    ),
+    "the Director is killed": Scenario("R1", "Director", killed, None),
+    "one sampler's weights become NaN": Scenario("R10", "Sampler", partial(spoilt, "transformer"), "sampler"),
+    "the VAE decoder's weights become NaN": Scenario("R10", "VaeDecoder", partial(spoilt, "vae"), "vae_decoder"),
+    "one sampler gets no more memory": Scenario("R11", "Sampler", short_of_memory, "sampler"),
+    "one sampler is told to end": Scenario("R14", "Sampler", terminated, None),  # it ends after its chunk
+    "one sampler stops": Scenario("R18", "Sampler", stopped, "sampler"),
+    "the VAE decoder stops": Scenario("R18", "VaeDecoder", stopped, "vae_decoder", chunks=4, settings=LARGE),
+    "the Director stops": Scenario("R18", "Director", stopped, None),
+}
+
+
+@dataclass
+class Trial:
+    """`hit`: the fault met work under way; `streams`, of which so many were `whole`; `pauses_s`: the longest of each
+    between two fragments; `recovered_s`: from the fault until all replicas were there again."""
+
+    hit: bool
+    streams: int
+    whole: int
+    pauses_s: list[float]
+    recovered_s: float
+
+
+def undisturbed(service: Service, scenario: Scenario, videos: int) -> list[float]:
+    """The longest pause of each stream if nothing happens."""
+    streams = service.together(scenario.bodies(videos))
+    return [_longest_pause(scenario, one) for one in streams]
+
+
+def trial(service: Service, scenario: Scenario, seed: int, videos: int) -> Trial:
+    """One trial. Raises AssertionError if something is left behind."""
+    service.wait_until_whole()
+    rng = random.Random(f"{scenario.deployment} {scenario.fault} {seed}")
+    bodies = scenario.bodies(videos)
+    expected = [by_library(one) for one in bodies]
+    part, memory = scenario.part, object_store_bytes()
+    before = service.retries(part) if part else 0.0
+    descriptors = {process.pid: process.num_fds() for name in REPLICAS for process in processes(name)}
+    began = 0.0
+
+    def disturb() -> None:
+        nonlocal began
+        victims = processes(scenario.deployment)
+        time.sleep(rng.uniform(0, scenario.within_s))
+        began = time.monotonic()
+        for victim in victims if scenario.everyone else [rng.choice(victims)]:
+            scenario.fault(victim)
+            del descriptors[victim.pid]
+
+    streams = service.together(bodies, disturb, scenario.from_start)
+    hit = service.retries(part) > before if part else True
+    service.wait_until_whole()
+    recovered = time.monotonic() - began
+    _assert_nothing_is_left(memory, descriptors)
+    whole = sum(one.data == twin for one, twin in zip(streams, expected, strict=True))
+    return Trial(hit, len(streams), whole, [_longest_pause(scenario, one) for one in streams], recovered)
+
+
+def _longest_pause(scenario: Scenario, streamed: Streamed) -> float:
+    """Between two fragments; and before the first, if the fault was done then."""
+    times = streamed.arrived if scenario.from_start else streamed.arrived[1:]
+    return max(b - a for a, b in pairwise(times))
+
+
+def _assert_nothing_is_left(memory: int, descriptors: dict[int, int]) -> None:
+    """`memory`: bytes in the object store before; `descriptors`: how many each process had then that met no fault. It
+    must be there still: a dead replica shall take no healthy one along."""
+    global_gc()
+    wait_until(lambda: object_store_bytes() <= memory)
+    wait_until(lambda: all(len(processes(name)) == count for name, count in REPLICAS.items()))
+    lived_on = {process.pid: process for name in REPLICAS for process in processes(name)}
+    assert descriptors.keys() <= lived_on.keys(), "a replica that met no fault was replaced"
+    # Connections to lost replicas are closed in Ray's own time.
+    wait_until(lambda: all(lived_on[pid].num_fds() <= n + SPARE_DESCRIPTORS for pid, n in descriptors.items()))

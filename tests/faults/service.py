@@ -1,0 +1,204 @@
+"""A running service as those see it who disturb it: over HTTP, in its store, and by its processes."""
+
+from __future__ import annotations
+
+import functools
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import psutil
+import ray
+from prometheus_client.parser import text_string_to_metric_families
+from ray import serve
+from ray._private.internal_api import node_stats
+
+from deployments.config import AppConfig
+from deployments.records import VideoRecord
+from deployments.rendering import APP_NAME
+from deployments.service import run_service
+from helios_core.helios import Helios
+from helios_core.media.fragments import encode_fragment
+from tests.deployments.boxes import read_boxes, reader
+
+SAMPLERS = 2
+CHUNK_SECONDS = 0.5  # of sampling, paced: so that a fault finds a sampler in the midst of a chunk
+REPLICAS = {"Sampler": SAMPLERS, "VaeDecoder": 1, "TextEncoder": 1, "Director": 1, "Ingress": 1}
+
+Body = dict[str, Any]
+
+
+class Streamed(NamedTuple):
+    """`arrived`: when it was asked for, and when each fragment came; monotonic seconds."""
+
+    video_id: str
+    data: bytes
+    arrived: list[float]
+
+
+@dataclass
+class Service:
+    url: str
+    http: httpx.Client
+    store: Path
+    trace_file: Path
+    config: AppConfig
+
+    def stream(self, body: Body, began: threading.Event | None = None) -> Streamed:
+        """A video's live stream. `began` is set when its first fragment has arrived."""
+        arrived = [time.monotonic()]
+        with self.http.stream("POST", "/v1/videos/stream", json=body) as response:
+            assert response.status_code == 200, response.read()
+            data = b""
+            for kind, box in read_boxes(reader(response.iter_raw())):
+                data += box
+                if kind == "mdat":
+                    arrived.append(time.monotonic())
+                    if began is not None:
+                        began.set()
+            return Streamed(response.headers["x-video-id"], data, arrived)
+
+    def together(
+        self, bodies: list[Body], disturb: Callable[[], None] = lambda: None, from_start: bool = False
+    ) -> list[Streamed]:
+        """Streams all at once; `disturb` is called when each has its first fragment, or at once."""
+        events = [threading.Event() for _ in bodies]
+        with ThreadPoolExecutor(len(bodies)) as pool:
+            streams = [pool.submit(self.stream, body, event) for body, event in zip(bodies, events, strict=True)]
+            for event in () if from_start else events:
+                assert event.wait(60)
+            disturb()
+            return [stream.result() for stream in streams]
+
+    def metric(self, name: str, **labels: str) -> float:
+        families = text_string_to_metric_families(self.http.get("/metrics").text)
+        samples = [sample for family in families for sample in family.samples if sample.name == name]
+        (value,) = [sample.value for sample in samples if labels.items() <= sample.labels.items()]
+        return value
+
+    def lost(self, part: str) -> float:
+        return self.metric("helios_retries_total", part=part, reason="replica_lost")
+
+    def retries(self, part: str) -> float:
+        """How often something was lost that a part was asked for."""
+        families = text_string_to_metric_families(self.http.get("/metrics").text)
+        samples = [sample for family in families for sample in family.samples if sample.labels.get("part") == part]
+        return sum(sample.value for sample in samples if sample.name == "helios_retries_total")
+
+    def wait_until_whole(self) -> None:
+        """Returns when all replicas are there and nothing is under way."""
+        for name in REPLICAS:
+            wait_until(partial(running, name))
+        wait_until(lambda: gauges(self) == {})
+
+    def record(self, video_id: str) -> VideoRecord:
+        """The committed record, from the store and not from the service."""
+        names = (self.store / "videos" / video_id).glob("record.t*.json")
+        newest = max(names, key=lambda path: int(path.name.removeprefix("record.t").removesuffix(".json")))
+        return VideoRecord.model_validate_json(newest.read_bytes())
+
+    def spans(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.trace_file.read_text().splitlines()]
+
+
+def body(seed: int, chunks: int = 6, **settings: Any) -> Body:
+    prompt = "a red sun over a blue sea"
+    return {"prompt": prompt, "seconds": chunks * 33 / 24, "seed": seed, "steps": [1, 1, 1], **settings}
+
+
+@contextmanager
+def serving(folder: Path, port: int, **settings: Any) -> Iterator[Service]:
+    """A service on the stand-in with random weights, whose chunks are paced. It joins the Ray that there is."""
+    sampler = {"min_replicas": SAMPLERS, "max_replicas": SAMPLERS, "min_chunk_seconds": CHUNK_SECONDS}
+    common = {"store": str(folder / "store"), "testing": True, "store_patience_s": 2.0, "torch_threads": 1}
+    config = AppConfig(port=port, trace_file=str(folder / "spans.jsonl")).override(
+        models=[{"model": "random", "sampler": sampler}], **{**common, **settings}
+    )
+    limits = httpx.Limits(max_connections=None)
+    with run_service(config) as url, httpx.Client(base_url=url, timeout=120, limits=limits) as http:
+        yield Service(url, http, folder / "store", folder / "spans.jsonl", config)
+
+
+@functools.cache
+def library() -> Helios:
+    return Helios.load("random", threads=1)
+
+
+def by_library(wanted: Body) -> bytes:
+    """The video as it is when nothing happens and nothing else is made."""
+    return _made(json.dumps(wanted))
+
+
+@functools.cache
+def _made(wanted: str) -> bytes:
+    data, settings = b"", json.loads(wanted)
+    for chunk in library().stream(**{**settings, "steps": tuple(settings["steps"])}):
+        fragment = encode_fragment(chunk.yuv, chunk_index=chunk.index, first_frame=33 * chunk.index, fps=24)
+        data += fragment.data if chunk.index else fragment.init + fragment.data
+    return data
+
+
+def wait_until(reached: Callable[[], bool]) -> None:
+    """Serve tells of no change: it has to be asked."""
+    deadline = time.monotonic() + 60
+    while not reached():
+        assert time.monotonic() < deadline, "this took more than a minute"
+        time.sleep(0.05)
+
+
+def running(deployment: str) -> bool:
+    states = serve.status().applications[APP_NAME].deployments[deployment].replica_states
+    return states == {"RUNNING": REPLICAS[deployment]}
+
+
+def processes(deployment: str) -> list[psutil.Process]:
+    """Of this service: there may be others on the machine."""
+    title = f"ray::ServeReplica:{APP_NAME}:{deployment}"
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if any(part.startswith(title) for part in process.cmdline()):
+                found.append(process)
+        except psutil.NoSuchProcess:
+            pass  # it ended while we looked
+    return found
+
+
+def gauges(service: Service) -> dict[str, float]:
+    """Of what is under way, all that is not 0."""
+    names = ["helios_videos_running", "helios_queue_depth", "helios_sampling", "helios_watchers"]
+    return {name: value for name in names if (value := service.metric(name))}
+
+
+def wait_for_end(service: Service, video_id: str) -> VideoRecord:
+    wait_until(lambda: not (service.store / "active" / video_id).exists())
+    return service.record(video_id)
+
+
+def ongoing_requests() -> dict[str, int]:
+    """What each replica is at, as it says itself."""
+    replicas = {name: actor for name, actor in serve_actors().items() if name.startswith(f"SERVE_REPLICA::{APP_NAME}#")}
+    calls = {name: replica.get_num_ongoing_requests.remote() for name, replica in replicas.items()}
+    return {name: ray.get(answer) for name, answer in calls.items()}
+
+
+def serve_actors() -> dict[str, Any]:
+    """Every replica, and what Serve has besides, by name."""
+    names = [item["name"] for item in ray.util.list_named_actors(all_namespaces=True)]
+    return {name: ray.get_actor(name, namespace="serve") for name in names}
+
+
+def object_store_bytes() -> int:
+    """Bytes in the node's object store that somebody holds. (Others stay there until Ray needs the room: what a replica
+    gave whose caller had died.)"""
+    (node,) = ray.nodes()
+    stats = node_stats(node["NodeManagerAddress"], node["NodeManagerPort"], False)
+    return int(stats.store_stats.object_store_bytes_primary_copy)

@@ -1,0 +1,23 @@
+"""Each scenario once, with two videos; `make chaos TRIALS=20` has the eight of each and tells how long they paused."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.faults.scenarios import SCENARIOS, trial
+from tests.faults.service import Service
+
+pytestmark = pytest.mark.ray
+
+VIDEOS = 2
+TRIES = 8  # for one in which the fault finds its replica at work
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_every_stream_ends_on_its_connection_with_the_same_bytes(service: Service, name: str) -> None:
+    for seed in range(TRIES):
+        tried = trial(service, SCENARIOS[name], seed, VIDEOS)
+        assert tried.whole == tried.streams, f"seed {seed}"
+        if tried.hit:
+            return
+    pytest.fail(f"none of {TRIES} faults found its replica at work")
