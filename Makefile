@@ -31,9 +31,9 @@ faults: $(VENV)/dev.stamp  ## ten times the restarts and cancels, slow viewers f
 chaos: $(VENV)/dev.stamp  ## every scenario of faults TRIALS times, with eight videos: RELIABILITY.md's table; 20 take 2 hours
 	$(BIN)/python -m tests.faults.chaos --trials $(or $(TRIALS),1) $(ARGS)
 
-fuzz: $(VENV)/dev.stamp  ## 25,000 spoilt requests, of 10,000 bodies, and 10,000 hostile prompts
-	FUZZ=25000 $(BIN)/python -m pytest --timeout 3600 -rA --log-level=WARNING tests/deployments/test_fuzz.py -k "request or connection"
-	FUZZ=10000 $(BIN)/python -m pytest --timeout 3600 tests/deployments/test_fuzz.py -k prompt
+fuzz: $(VENV)/dev.stamp  ## 25,000 spoilt requests, of 10,000 bodies; 10,000 over connections; 10,000 hostile prompts
+	FUZZ=25000 $(BIN)/python -m pytest --timeout 3600 -rA --log-level=WARNING tests/deployments/test_fuzz.py -k request
+	FUZZ=10000 $(BIN)/python -m pytest --timeout 3600 tests/deployments/test_fuzz.py -k "connection or prompt"
 
 figures: $(VENV)/dev.stamp  ## every measured figure of the README, measured again
 	$(BIN)/python -m load_tests.figures
