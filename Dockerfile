@@ -63,6 +63,9 @@ later:
 Whoever hands this image on distributes them, and owes those who get it their sources. To serve videos with it is not
 to distribute it. H.264 and H.265 are besides subject to patents.
 
+FFmpeg, in the same wheel as libx264 and libx265, is under the GNU Lesser General Public License, version 3 or later, and
+linked with them: what decodes and encodes video is as a whole under the GNU General Public License, version 3 or later.
+
 The image for CUDA holds NVIDIA's libraries, under NVIDIA's licences, which stand in their wheels.
 EOF
 CMD ["helios", "--help"]

@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export PROMPT ?= a red sun over a blue sea, drifting left
 
-.PHONY: demo serve test check format figures faults chaos demo-scores fidelity demo-checkpoint manifests autoscaling load plan-check
+.PHONY: demo serve test check format figures faults chaos fuzz demo-scores fidelity demo-checkpoint manifests sbom autoscaling load plan-check
 
 demo: $(VENV)/run.stamp  ## start the service, stream one video into video.mp4, stop
 	$(BIN)/helios demo "$$PROMPT" -o video.mp4
@@ -31,6 +31,10 @@ faults: $(VENV)/dev.stamp  ## ten times the restarts and cancels, slow viewers f
 chaos: $(VENV)/dev.stamp  ## every scenario of faults TRIALS times, with eight videos: RELIABILITY.md's table; 20 take 2 hours
 	$(BIN)/python -m tests.faults.chaos --trials $(or $(TRIALS),1) $(ARGS)
 
+fuzz: $(VENV)/dev.stamp  ## 25,000 spoilt requests, of 10,000 bodies; 10,000 over connections; 10,000 hostile prompts
+	FUZZ=25000 $(BIN)/python -m pytest --timeout 3600 -rA --log-level=WARNING tests/deployments/test_fuzz.py -k request
+	FUZZ=10000 $(BIN)/python -m pytest --timeout 3600 tests/deployments/test_fuzz.py -k "connection or prompt"
+
 figures: $(VENV)/dev.stamp  ## every measured figure of the README, measured again
 	$(BIN)/python -m load_tests.figures
 
@@ -52,6 +56,13 @@ fidelity: $(VENV)/run.stamp  ## how near the approximate samplers come to the ex
 manifests: $(VENV)/run.stamp  ## what k8s has of each overlay's helios.yaml and of the table of metrics, made again
 	for file in k8s/overlays/*/helios.yaml; do $(BIN)/helios config render --kustomize $$file || exit 1; done
 	$(BIN)/helios config monitoring -o k8s/monitoring
+
+# The tool has an environment of its own, lest it and what it needs be listed, or tested with.
+sbom: $(VENV)/run.stamp  ## build/sbom.cdx.json: what is installed for running, with its licences; fails on unknown ones
+	python3 -m venv build/cyclonedx
+	build/cyclonedx/bin/pip install --quiet --disable-pip-version-check cyclonedx-bom==7.5.0
+	build/cyclonedx/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible $(VENV) \
+		| $(BIN)/python -m supply.sbom > build/sbom.cdx.json
 
 # glibc must keep what was freed: without these, steps take twice as long.
 demo-checkpoint: export MALLOC_MMAP_THRESHOLD_ = 33554432

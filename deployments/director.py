@@ -63,7 +63,7 @@ class NoSuchVideo(HeliosError):
         self.video_id = video_id
 
     def __str__(self) -> str:
-        return f"no video has the id {self.video_id!r}"
+        return f"no video has the id {self.video_id!r:.80}"
 
 
 class Unreadable(HeliosError):

@@ -94,7 +94,8 @@ def http_app(
 ) -> FastAPI:
     """The HTTP service over a Director and its store. `cards`: of the models, the default one first."""
     door = Door(config, director.get, store)
-    app = FastAPI(title="Helios Serve", openapi_url=None, dependencies=[Depends(door)])
+    # A path is right or it is a 404: a redirect would lead to whatever Host the client named, before the door.
+    app = FastAPI(title="Helios Serve", openapi_url=None, dependencies=[Depends(door)], redirect_slashes=False)
     install_error_handlers(app)
     models = {card.id: card for card in cards}
     drafts = Drafts(config, models, director.get, store)

@@ -1,5 +1,5 @@
-"""The few private calls of Ray that passing by reference needs, and what its errors mean. Ray is pinned;
-tests/deployments/test_ray_calls.py holds what is relied on here.
+"""The few private calls of Ray that passing by reference and a closed door need, and what its errors mean. Ray is
+pinned; tests/deployments/test_ray_calls.py holds what is relied on here.
 
 A replica method called through `call_by_reference` is an async generator of two items: first the large value, which
 its caller never fetches, then a small report. Waiting for the report tells that the value exists and brings up what
@@ -15,9 +15,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import grpc
 import ray
 from ray import ObjectRef
+from ray._common.network_utils import get_localhost_ip, is_localhost
+from ray._private import ray_constants
 from ray.actor import ActorHandle
+from ray.core.generated.gcs_service_pb2 import CheckAliveRequest
+from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 from ray.exceptions import (
     NodeDiedError,
     ObjectLostError,
@@ -39,8 +44,9 @@ from helios_core.errors import HeliosError
 
 logger = logging.getLogger(__name__)
 
-ASKED_EVERY_S = 2.0
-SILENT = 3
+HEAD_ANSWERS_S = 10.0  # so long Ray's head may take to answer
+ASKED_EVERY_S = 2.0  # a replica, whether it is well
+SILENT = 3  # times without an answer
 LOOK_AGAIN_S = 0.1  # at what replicas there are, of which Serve tells by a list in this process
 HEARD_WITHIN_S = 0.2  # so long a replica's beginning may take to be heard of
 REPLICA_LOST = (
@@ -123,6 +129,37 @@ async def _ended(result: ObjectRef) -> Any:
         await asyncio.wait([ended])
         _ = ended.cancelled() or ended.exception()  # nobody is left to hear of it
         raise
+
+
+def start_on_loopback(**options: Any) -> None:
+    """Starts a Ray whose ports nobody reaches from elsewhere: who does may run what they like in it. Raises what
+    ray.init raises."""
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = (
+        False  # else Ray would put this machine's address for others in place of this one
+    )
+    try:
+        ray.init("local", _node_ip_address=get_localhost_ip(), **options)
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def addresses_for_others() -> list[str]:
+    """Those of the nodes of this process's cluster that not only their own machines reach: such a node's Ray listens
+    on every interface."""
+    addresses = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    return sorted(address for address in addresses if not is_localhost(address))
+
+
+def answers_strangers(gcs_address: str) -> bool:
+    """Whether the head of a cluster (its GCS) answers who shows neither a token (RAY_AUTH_MODE) nor a certificate
+    (RAY_USE_TLS): its nodes then do what such a one says."""
+    with grpc.insecure_channel(gcs_address) as channel:
+        try:
+            NodeInfoGcsServiceStub(channel).CheckAlive(CheckAliveRequest(), timeout=HEAD_ANSWERS_S)
+        except grpc.RpcError as error:
+            return error.code() not in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNAVAILABLE)
+    return True
 
 
 def deploy(config: dict[str, Any]) -> None:

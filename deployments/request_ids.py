@@ -1,4 +1,5 @@
-"""X-Request-Id: the name by which a client and our logs and spans know one request."""
+"""X-Request-Id: the name by which a client and our logs and spans know one request; and the headers by which Serve
+would take orders from a client."""
 
 from __future__ import annotations
 
@@ -11,6 +12,13 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 HEADER = "X-Request-Id"
+# Which replica, after how long a request is given up, whether it is noticed that a client leaves; with - for each _.
+ORDERS = (
+    b"serve-multiplexed-model-id",
+    b"x-session-id",
+    b"x-request-timeout-seconds",
+    b"x-request-disconnect-disabled",
+)
 FORM = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 
 
@@ -44,7 +52,21 @@ def request_id(request: Request) -> str:
     return request.headers[HEADER]
 
 
+class NoOrders:
+    """Keeps from `app` the headers by which Serve takes orders. It also fails, with a 500, if one is not UTF-8."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if "headers" in scope:
+            kept = [each for each in scope["headers"] if each[0].lower().replace(b"_", b"-") not in ORDERS]
+            scope = {**scope, "headers": kept}
+        await self._app(scope, receive, send)
+
+
 def before_serve() -> list[Middleware]:
     """For RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH. Serve's own proxy takes any X-Request-Id for its logs, and adds it
-    to the answer once more: it sees only what is one, and what it adds is put in one line."""
-    return [Middleware(RequestIds)]
+    to the answer once more: it sees only what is one, and what it adds is put in one line. Of other headers it takes
+    orders, which are not a client's to give."""
+    return [Middleware(RequestIds), Middleware(NoOrders)]

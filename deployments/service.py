@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,8 +15,8 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from deployments.app import build_app
-from deployments.config import AppConfig, Pool
-from deployments.ray_calls import deploy
+from deployments.config import AppConfig, ConfigError, Pool
+from deployments.ray_calls import addresses_for_others, answers_strangers, deploy, start_on_loopback
 from deployments.rendering import APP_NAME, MALLOC, environment, serve_config
 from deployments.store import Store
 from helios_core import weights
@@ -39,8 +39,8 @@ class StartFailed(HeliosError):
 def run_service(config: AppConfig) -> Iterator[str]:
     """Deploys the graph, yields the URL of the ready service, and takes it down again.
 
-    Joins the Ray cluster that RAY_ADDRESS names, whose Serve proxies then listen; else starts Ray on this machine.
-    Raises CheckpointError, ConfigError, StoreInUse, StoreUnavailable or StartFailed.
+    Joins the Ray cluster that RAY_ADDRESS names, whose Serve proxies then listen; else starts Ray on this machine, for
+    this machine alone. Raises CheckpointError, ConfigError, StoreInUse, StoreUnavailable or StartFailed.
     """
     address = os.environ.get("RAY_ADDRESS") or "local"
     schema = serve_config(config)
@@ -61,8 +61,12 @@ def run_service(config: AppConfig) -> Iterator[str]:
                 _check_room(pools, ray.cluster_resources())
             else:
                 ray.init(address, logging_level=logging.WARNING, log_to_driver=False)
+                check_cluster(config, addresses_for_others(), ray.get_runtime_context().gcs_address)
             logging.getLogger("ray.serve").setLevel(logging.WARNING)
             serve.start(http_options=schema["http_options"])
+        except ConfigError:
+            ray.shutdown()
+            raise
         except (RuntimeError, ConnectionError, ValueError) as error:
             ray.shutdown()
             raise StartFailed(str(error)) from error
@@ -96,6 +100,17 @@ def verify(config: AppConfig) -> None:
             weights.verify(checkpoint)
 
 
+def check_cluster(config: AppConfig, for_others: Sequence[str], gcs_address: str) -> None:
+    """Raises ConfigError if strangers could do as they please with a cluster that was joined. `for_others`: at which of
+    its addresses others than this machine reach it; `gcs_address`: its head."""
+    if for_others and not config.insecure and answers_strangers(gcs_address):
+        raise ConfigError(
+            f"the Ray cluster of RAY_ADDRESS listens at {', '.join(for_others[:3])} and wants no token: whoever "
+            "reaches it can run programs there; allowed: one that was started with RAY_AUTH_MODE=token, or "
+            "insecure: true"
+        )
+
+
 def _stop_director() -> None:
     """Without ending any video: the next Director finds them active."""
     director = serve.get_deployment_handle("Director", APP_NAME)
@@ -109,7 +124,7 @@ def _stop_director() -> None:
 
 def _start_ray(**options: Any) -> None:
     try:
-        ray.init("local", **options)
+        start_on_loopback(**options)
     except Exception as error:
         raise RuntimeError(f"Ray did not start: {error}") from error
 

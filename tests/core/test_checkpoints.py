@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -152,6 +153,26 @@ def test_broken_folders_are_refused_before_weights_are_read(folder: Path, name: 
     with pytest.raises(CheckpointError) as caught:
         verify(Checkpoint.open(str(folder)))
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize("name", [VAE, SHARD, "vae/diffusion_pytorch_model.bin", "tokenizer/tokenizer.json", SCHEDULER])
+def test_no_file_of_a_folder_can_run_anything(folder: Path, tmp_path: Path, name: str) -> None:
+    """A pickle that leaves a canary, in place of a file, or of another name beside the gap."""
+    canary = tmp_path / "canary"
+
+    class Trap:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (canary,)
+
+    trap = pickle.dumps(Trap())
+    pickle.loads(trap)  # noqa: S301 - it works
+    canary.unlink()
+    if name.endswith(".bin"):
+        (folder / VAE).unlink()
+    (folder / name).write_bytes(trap)
+    with pytest.raises(CheckpointError):
+        Helios.load(str(folder), "cpu")
+    assert not canary.exists()
 
 
 def test_whole_folder_is_accepted(folder: Path) -> None:

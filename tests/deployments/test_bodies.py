@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import logging
 import random
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
+import psutil
 import pytest
 from fastapi import Request
 
@@ -289,6 +292,55 @@ async def test_too_many_parts() -> None:
     assert (await refused(form(files=[("a", "b", b"")] * 5), FORM)) == (400, "invalid_form")
 
 
+MB = 2**20
+FILE = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="video"; filename="a"\r\n\r\n'.encode()
+TINY = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="n"\r\n\r\n\r\n'.encode()
+# name ▸ type, how the body begins, and what comes after that without an end
+ENDLESS = {
+    "a file": (FORM, FILE, bytes(2**16)),
+    "a text": (FORM, FILE.replace(b'; filename="a"', b""), b"a" * 2**16),
+    "tiny parts": (FORM, b"", TINY * 900),
+    "JSON": (JSON, b'{"a": [', b"[]," * 20_000),
+    "a header of a part": (FORM, f"--{BOUNDARY}\r\nContent-Disposition: ".encode(), b"a" * 2**16),
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+async def test_an_endless_body_is_given_up_at_its_limit_and_takes_little_memory(name: str) -> None:
+    """No more than 64 KB are read beyond it, and the process grows by less than twice what a form may have."""
+    content_type, begin, part = ENDLESS[name]
+    process, limit = psutil.Process(), MB if content_type == JSON else 17 * MB
+    gc.collect()
+    before = peak = process.memory_info().rss
+    received = 0
+
+    async def receive() -> dict[str, Any]:
+        nonlocal peak, received
+        peak = max(peak, process.memory_info().rss)
+        sent = part if received else begin + part
+        received += len(sent)
+        return {"type": "http.request", "body": sent, "more_body": True}
+
+    headers = [(b"content-type", content_type.encode())]
+    request = Request({"type": "http", "method": "POST", "path": "/", "headers": headers}, receive)
+    with pytest.raises(RequestError) as caught:
+        async with read_body(request, MB, 16 * MB):
+            pass
+    assert caught.value.status in (400, 413) and str(caught.value)
+    assert received <= limit + 2**16 + len(begin + part)
+    assert peak - before < 2 * 17 * MB
+
+
+async def test_json_of_the_largest_size_takes_little_memory() -> None:
+    """Of all JSON, empty objects become the most."""
+    body = b'{"a": [' + b"{}," * (MB // 3 - 10) + b"{}]}"
+    gc.collect()
+    before = psutil.Process().memory_info().rss
+    async with read_body(request_of(body, JSON, size=2**16), MB) as read:
+        assert len(read.fields["a"]) > 300_000
+        assert psutil.Process().memory_info().rss - before < 64 * MB
+
+
 # What is no body at all
 
 
@@ -384,6 +436,31 @@ async def test_refusals_have_their_status(service: LocalService) -> None:
         answer = await http.post("/v1/videos", data=form_of, files={"input_reference": b"no image"})
         error = answer.json()["error"]
         assert (answer.status_code, error["param"]) == (422, next(iter(wrong)).removesuffix("[]")), error
+    assert await service.store.video_ids() == []
+
+
+@pytest.mark.parametrize(("content_type", "begun"), [(JSON, b'{"prompt": "a'), (FORM, FILE + b"data")])
+async def test_a_client_that_leaves_within_its_body_is_no_bug(
+    service: LocalService, content_type: str, begun: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    messages: list[dict[str, Any]] = [
+        {"type": "http.request", "body": begun, "more_body": True},
+        {"type": "http.disconnect"},
+    ]
+
+    async def receive() -> dict[str, Any]:
+        return messages.pop(0)
+
+    async def send(_: object) -> None:
+        pass
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/videos", "query_string": b"", "headers": []}
+    scope["headers"] = [(b"content-type", content_type.encode())]
+    await service.app(scope, receive, send)
+    (told,) = [record for record in caplog.records if record.message == "refused"]
+    assert vars(told)["code"] == "body_cut_off"
+    assert not [record for record in caplog.records if record.levelno > logging.INFO]
     assert await service.store.video_ids() == []
 
 

@@ -41,6 +41,7 @@ from helios_core.state import StreamState
 from tests.deployments.local import LocalGraph
 
 PROMPT = "a red sun over a blue sea"
+ANY = "any other prompt"
 TRACEPARENT = f"00-{'1' * 32}-{'2' * 16}-01"
 
 Event = ChunkRecord | VideoRecord
@@ -60,7 +61,7 @@ class Gate:
 class GatedGraph(LocalGraph):
     """A LocalGraph with a point before each call, `encode`, `sample 1`, `render 1`, and one after: `sampled 1`.
 
-    There a test may place a gate or an error, for the video of one prompt.
+    There a test may place a gate or an error, for the video of one prompt, or a gate for ANY prompt without one.
     """
 
     def __init__(self, config: AppConfig) -> None:
@@ -94,7 +95,7 @@ class GatedGraph(LocalGraph):
         return await super().render(call, spec, term, state, sampled)
 
     async def _pass(self, point: str, prompt: str) -> None:
-        if gate := self.gates.get((prompt, point)):
+        if gate := self.gates.get((prompt, point)) or self.gates.get((ANY, point)):
             gate.reached.set()
             await gate.opened.wait()
         if error := self.errors.get((prompt, point)):

@@ -24,7 +24,7 @@ from ray.serve.handle import DeploymentHandle
 from deployments import ray_calls
 from deployments.director import NoSuchVideo
 from deployments.making import InputLost, ReplicaLost
-from deployments.ray_calls import call, call_by_reference, call_to_its_end, live_replicas
+from deployments.ray_calls import answers_strangers, call, call_by_reference, call_to_its_end, live_replicas
 from helios_core.errors import HeliosError, InvalidInput
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.ray]
@@ -224,6 +224,14 @@ TAKING: dict[str, Callable[[DeploymentHandle, Any], Any]] = {
     "call_by_reference": lambda handle, value: call_by_reference(handle, "make_more", value),
 }
 taking = pytest.mark.parametrize("takes", TAKING.values(), ids=TAKING)
+
+
+# The door
+
+
+def test_a_head_wants_its_token(parts: Parts) -> None:
+    """Which all Rays of the tests have, by tests/__init__.py: this process shows it, a stranger does not."""
+    assert not answers_strangers(parts.cluster.address)
 
 
 # By reference

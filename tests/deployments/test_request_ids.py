@@ -9,9 +9,21 @@ from typing import Any
 
 import httpx
 import pytest
-from ray.serve._private.http_util import RequestIdMiddleware
+from ray.serve._private.constants import (
+    SERVE_HTTP_REQUEST_DISCONNECT_DISABLED_HEADER,
+    SERVE_HTTP_REQUEST_TIMEOUT_S_HEADER,
+    SERVE_MULTIPLEXED_MODEL_ID,
+    SERVE_SESSION_ID,
+)
+from ray.serve._private.http_util import (
+    _apply_middlewares,
+    parse_disconnect_disabled_header,
+    parse_request_timeout_header,
+    parse_session_id_header,
+)
+from starlette.types import Receive, Scope, Send
 
-from deployments.request_ids import RequestIds, before_serve
+from deployments.request_ids import before_serve
 from tests.deployments.conftest import LocalService
 from tests.deployments.test_content import BODY, put_video
 
@@ -126,10 +138,43 @@ async def test_log_lines_of_a_request_have_its_id(
 @pytest.mark.parametrize("sent", ["mine", "not an id", None])
 async def test_there_is_one_id_behind_serves_own_proxy_too(service: LocalService, sent: str | None) -> None:
     """Which adds another header of this name, of what it was sent."""
-    (before,) = before_serve()
-    assert before.cls is RequestIds
-    transport = httpx.ASGITransport(RequestIds(RequestIdMiddleware(service.app)))
+    transport = httpx.ASGITransport(_apply_middlewares(service.app, before_serve()))
     async with httpx.AsyncClient(transport=transport, base_url="http://helios") as http:
         answer = await http.get("/healthz", headers={} if sent is None else {"X-Request-Id": sent})
     (told,) = answer.headers.get_list("X-Request-Id")
     assert told == "mine" if sent == "mine" else FRESH.fullmatch(told)
+
+
+HTTPX = {b"host", b"accept", b"accept-encoding", b"connection", b"user-agent"}  # sends these by itself
+ORDERS = (
+    SERVE_MULTIPLEXED_MODEL_ID,
+    SERVE_SESSION_ID,
+    SERVE_HTTP_REQUEST_TIMEOUT_S_HEADER,
+    SERVE_HTTP_REQUEST_DISCONNECT_DISABLED_HEADER,
+)
+
+
+@pytest.mark.parametrize("name", [spelt for name in ORDERS for spelt in (name, name.replace("_", "-"), name.upper())])
+@pytest.mark.parametrize("value", [b"0.001", b"?1", b"\xff"])
+async def test_serve_takes_no_orders_from_a_client(name: str, value: bytes) -> None:
+    """What lies behind its proxy's middlewares reads them as Serve does, which fails at what is not UTF-8."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = dict(scope["headers"])
+        assert parse_request_timeout_header(headers, None) is None
+        assert not parse_disconnect_disabled_header(headers)
+        assert parse_session_id_header(headers) == ""
+        assert {b"x-mine", b"x-request-id"} == headers.keys() - HTTPX
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    transport = httpx.ASGITransport(_apply_middlewares(app, before_serve()))
+    async with httpx.AsyncClient(transport=transport, base_url="http://helios") as http:
+        sent = [(name.encode(), value), (b"X-Mine", b"kept")]
+        assert (await http.get("/", headers=sent)).status_code == 204
+
+
+def test_serve_would_fail_at_an_order_that_is_no_text() -> None:
+    """Of which the one above is the mending: without, a client could make a 500."""
+    with pytest.raises(UnicodeDecodeError):
+        parse_session_id_header({SERVE_SESSION_ID.encode(): b"\xff"})

@@ -51,11 +51,12 @@ class Served:
         command = [sys.executable, "-m", "deployments.cli", "serve", "--config", str(self.folder / "helios.yaml")]
         with (self.folder / "log").open("a") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log)
+        self.process = psutil.Process(process.pid)
         try:
             self.wait_until(lambda: self.answers(process))
             yield
         finally:
-            kill_all(psutil.Process(process.pid))
+            kill_all(self.process)
             process.wait()
 
     def answers(self, process: subprocess.Popen[bytes]) -> bool:
@@ -87,6 +88,12 @@ class Served:
             assert time.monotonic() < deadline, f"this took more than {LONGEST_S} s"
             time.sleep(0.05)
 
+    def listening(self) -> set[str]:
+        """The addresses on which the service's processes listen, Ray's and Serve's among them."""
+        family = [self.process, *self.process.children(recursive=True)]
+        sockets = [socket for one in family for socket in one.net_connections("inet")]
+        return {socket.laddr.ip for socket in sockets if socket.status == psutil.CONN_LISTEN}
+
 
 def kill_all(process: psutil.Process) -> None:
     """SIGKILL to a process and all that it started, so fast that none sees another one die."""
@@ -110,6 +117,7 @@ def test_what_was_accepted_is_finished_after_a_restart(tmp_path: Path) -> None:
         return ids
 
     with served.running():
+        assert served.listening() == {"127.0.0.1"}  # nobody elsewhere reaches Ray
         undisturbed = [served.file(video_id) for video_id in [served.create(seed) for seed in range(VIDEOS)]]
         ids = begun(0)
     for trial in range(TRIALS):

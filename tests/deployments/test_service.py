@@ -190,6 +190,13 @@ def test_a_request_has_one_id_in_answer_and_log(http: httpx.Client, sent: str) -
     assert (refused["message"], refused["request_id"]) == ("refused", told)
 
 
+@pytest.mark.parametrize("name", ["x-session-id", "x-request-disconnect-disabled", "serve_multiplexed_model_id"])
+def test_serve_takes_no_orders_from_a_client(http: httpx.Client, name: str) -> None:
+    """At what is not UTF-8 it would fail."""
+    sent = [(name.encode(), b"\xff"), (b"x-request-timeout-seconds", b"0.001")]
+    assert http.get("/healthz", headers=sent).status_code == 200
+
+
 def test_models_and_health(http: httpx.Client) -> None:
     (model,) = http.get("/v1/models").json()["data"]
     assert (model["id"], model["variant"], model["size_multiple"]) == ("random", "distilled", 64)

@@ -150,5 +150,13 @@ def test_viewers_who_stop_reading_harm_nobody(service: Service) -> None:
         viewer.close()
 
 
+def test_headers_without_an_end_are_refused(service: Service) -> None:
+    """Serve's own proxy would keep them all."""
+    host, port = service.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as client:
+        client.sendall(b"GET /healthz HTTP/1.1\r\nHost: helios\r\nX-Long: " + b"a" * 2**15)
+        assert client.recv(2**16).split(b" ")[1] in (b"400", b"431")
+
+
 def stored(service: Service, video_id: str) -> VideoRecord:
     return VideoRecord.model_validate_json((Path(service.store) / f"videos/{video_id}/record.t1.json").read_bytes())

@@ -131,6 +131,7 @@ WORKER = f"{CLUSTER}.workerGroupSpecs.0"
         (f"{CLUSTER}.gcsFaultToleranceOptions.storage", {}, "without storage"),
         (f"{CLUSTER}.networkPolicy", {}, "not without its feature gate"),
         (f"{CLUSTER}.authOptions.mode", "disabled", "allowed: mode token"),
+        (f"{CLUSTER}.authOptions", {}, r"authOptions is \{\}; allowed: mode token"),
         (f"{CLUSTER}.rayVersion", "2.51.0", "2.52.0 or later"),
     ],
 )
