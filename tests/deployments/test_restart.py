@@ -20,7 +20,7 @@ import psutil
 import pytest
 import yaml
 
-from deployments.cli import free_port
+from deployments.config import free_port
 
 pytestmark = pytest.mark.ray
 

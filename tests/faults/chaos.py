@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from deployments.cli import free_port
+from deployments.config import free_port
 from tests.faults.scenarios import SCENARIOS, Scenario, Trial, trial, undisturbed
 from tests.faults.service import Service, serving
 
