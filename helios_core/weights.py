@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import UMT5EncoderModel
 
-SMALLEST = 64, 64  # width and height of a video
 Places = dict[str, tuple[Path, str]]  # parameter ▸ (file, key)
 M = TypeVar("M", bound=nn.Module)
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -128,12 +127,12 @@ def warm_up_vae(checkpoint: Checkpoint, vae: WanVae) -> None:
 
 def golden_latents(checkpoint: Checkpoint, sampler: ChunkSampler) -> Tensor:
     """A chunk of the smallest size, [1, C, 9, h, w] fp32, the same each time. Raises NotFinite."""
-    return _rehearsed(checkpoint, sampler, _blank_state(checkpoint, SMALLEST)).latents
+    return _rehearsed(checkpoint, sampler, _blank_state(checkpoint, smallest=True)).latents
 
 
 def golden_frames(checkpoint: Checkpoint, vae: WanVae) -> Tensor:
     """Noise of the smallest size, decoded: I420, uint8 [5, H * 3 / 2, W], the same each time. Raises NotFinite."""
-    two = _blank_state(checkpoint, SMALLEST).latents[:, :, :2]  # of those after the first each gives four frames
+    two = _blank_state(checkpoint, smallest=True).latents[:, :, :2]  # of those after the first each gives four frames
     noise = torch.randn(two.shape, generator=torch.Generator().manual_seed(0))
     (frames,) = decode_chunk(vae, noise, to_i420)
     return torch.from_numpy(frames)
@@ -184,9 +183,10 @@ def _rehearsed(checkpoint: Checkpoint, sampler: ChunkSampler, state: StreamState
     return sampler.rehearse(checkpoint.transformer.text_dim, state, checkpoint.card.variant.guidance_scale)
 
 
-def _blank_state(checkpoint: Checkpoint, size: tuple[int, int] | None = None) -> StreamState:
-    """The start of a video of this width and height, or of the model's own."""
-    width, height = (side // checkpoint.vae.scale_factor_spatial for side in size or checkpoint.card.default_size)
+def _blank_state(checkpoint: Checkpoint, smallest: bool = False) -> StreamState:
+    """The start of a video of the model's own size, or of the smallest that it can make."""
+    size = (checkpoint.card.size_multiple,) * 2 if smallest else checkpoint.card.default_size
+    width, height = (side // checkpoint.vae.scale_factor_spatial for side in size)
     nothing = torch.zeros(1, checkpoint.vae.z_dim, HISTORY_LATENTS, height, width)
     return StreamState(0, nothing, None, torch.Generator().manual_seed(0).get_state())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,9 +18,11 @@ from deployments.sampler import Sampler
 from deployments.store import Store
 from deployments.text_encoder import TextEncoder
 from deployments.vae_decoder import VaeDecoder
+from helios_core.checkpoints import Checkpoint
 from helios_core.errors import CheckpointError, NotFinite, OutOfMemory
 from helios_core.state import StreamState
 from helios_core.text import TextEmbeddings
+from helios_core.weights import golden_frames, golden_latents, load_sampler, load_vae, placement
 from tests.deployments.test_sampler import SPEC, call
 
 TOO_MUCH = 1 << 60  # bytes, more than a process has addresses for
@@ -157,6 +160,15 @@ async def test_what_no_one_foresaw_ends_only_a_replica_that_is_not_sound_any_mor
     monkeypatch.setattr(parts.sampler._sampler, "sample", fails)
     with pytest.raises(Ended):
         await parts.sampled(text)
+
+
+@pytest.mark.parametrize("model", ["demo", "random", "random-mid", "random-base"])
+def test_every_model_has_a_golden_result(model: str) -> None:
+    """The same each time, and not nothing."""
+    checkpoint, (device, dtype) = Checkpoint.open(model), placement("cpu")
+    sampler, vae = load_sampler(checkpoint, device, dtype), load_vae(checkpoint, device)
+    for make in (partial(golden_latents, checkpoint, sampler), partial(golden_frames, checkpoint, vae)):
+        assert torch.equal(made := make(), make()) and made.float().std() > 0
 
 
 async def test_a_replica_that_is_spoilt_from_the_beginning_does_not_start(
