@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export PROMPT ?= a red sun over a blue sea, drifting left
 
-.PHONY: demo serve test check format figures faults chaos fuzz demo-scores fidelity demo-checkpoint manifests sbom autoscaling load plan-check
+.PHONY: demo serve test check format figures faults chaos soak fuzz demo-scores fidelity demo-checkpoint manifests sbom autoscaling load plan-check
 
 demo: $(VENV)/run.stamp  ## start the service, stream one video into video.mp4, stop
 	$(BIN)/helios demo "$$PROMPT" -o video.mp4
@@ -30,6 +30,9 @@ faults: $(VENV)/dev.stamp  ## ten times the restarts and cancels, slow viewers f
 
 chaos: $(VENV)/dev.stamp  ## every scenario of faults TRIALS times, with eight videos: RELIABILITY.md's table; 20 take 2 hours
 	$(BIN)/python -m tests.faults.chaos --trials $(or $(TRIALS),1) $(ARGS)
+
+soak: $(VENV)/dev.stamp  ## half an hour of videos over S3 with a kill every 30 s: nothing lost, nothing grown
+	$(BIN)/python -m tests.faults.soak --minutes $(or $(MINUTES),30)
 
 fuzz: $(VENV)/dev.stamp  ## 25,000 spoilt requests, of 10,000 bodies; 10,000 over connections; 10,000 hostile prompts
 	FUZZ=25000 $(BIN)/python -m pytest --timeout 3600 -rA --log-level=WARNING tests/deployments/test_fuzz.py -k request

@@ -29,10 +29,11 @@ VAE_DECODER = "deployments.vae_decoder.VaeDecoder"
 MANY = 10_000  # requests at once for those that only wait: Serve's default of 5 would queue a sixth viewer
 LONGEST_ANSWER_S = 2.0  # a Director that is to stop has nothing to finish: what it leaves goes on under the next one
 LOOK_AGAIN_S = 0.5  # between two looks whether a replica that is to stop has finished, in place of Serve's 2
-# Serve asks each replica so often whether it is well, and takes one for dead that does not answer three times running:
-# one that was stopped is replaced after 8 s at most, where Serve's defaults take two minutes. A long chunk keeps no
-# replica from answering; how long work may take is watchdog.py's.
-ANSWERS_WITHIN_S = 2.0
+ASKED_EVERY_S = 2.0  # by Serve, whether a replica is well; who does not answer in time three times running is replaced
+DIRECTOR_ANSWERS_S, INGRESS_ANSWERS_S = 2.0, 5.0
+# Those that compute are asked by the Director, too, and sooner (SILENT in ray_calls.py). Serve must take longer than to
+# find that the Director was stopped: who works for it then answers nobody, as Ray waits for it.
+ANSWERS_S = 10.0
 LOOK_BACK_S = 30.0  # so much of what the Director told does the policy see
 TELLS_EVERY_S = 1.0  # Serve asks the Director for it; 10 s, as by default, would be most of a cold start
 # Replicas that compute keep their freed memory: where glibc gives every large tensor back at once, as service.py has it
@@ -94,9 +95,14 @@ def build_app(config: AppConfig) -> tuple[Application, list[Pool]]:
     always += text_encoders.values() if config.text_encoder.min_replicas else ()
     always += vae_decoders.values() if config.vae_decoder.min_replicas else ()
     # There is one Director whatever is wanted, but only of a deployment that scales does Serve ask for figures.
-    director = deploy(DirectorReplica, "Director", config.director, at_once=MANY, scales=config.scales).bind(
-        config, models, always, secrets.token_hex(8)
-    )
+    director = deploy(
+        DirectorReplica,
+        "Director",
+        config.director,
+        at_once=MANY,
+        scales=config.scales,
+        answers_s=DIRECTOR_ANSWERS_S,
+    ).bind(config, models, always, secrets.token_hex(8))
     ingress: Application = deploy(
         Ingress,
         "Ingress",
@@ -105,6 +111,7 @@ def build_app(config: AppConfig) -> tuple[Application, list[Pool]]:
         # Behind HAProxy this hands the socket's own `send` to the application, which then waits for a slow viewer.
         environment={"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"} if config.haproxy else None,
         drain_s=config.drain_s,
+        answers_s=INGRESS_ANSWERS_S,
     ).bind(config, [checkpoint.card for checkpoint in checkpoints], director)
     pools: list[Pool] = [config.ingress, config.director, *(settings.sampler for settings in config.models)]
     pools += [config.text_encoder] * len(text_encoders) + [config.vae_decoder] * len(vae_decoders)
@@ -132,10 +139,12 @@ def deploy(
     environment: dict[str, str] | None = None,
     drain_s: float = LONGEST_ANSWER_S,
     scales: bool = False,
+    answers_s: float = ANSWERS_S,
 ) -> Any:
     """`replica`, a class or its import path, as a deployment with the resources of `pool`, whose size is asked of the
     policy if it may differ or `scales`; each of its replicas takes `at_once` calls at a time, and has `drain_s` to
-    finish them when it is to stop, one that computes the time of its longest."""
+    finish them when it is to stop, one that computes the time of its longest; `answers_s`: so long it may take to say
+    that it is well."""
     resources: dict[str, Any] = {"num_cpus": pool.num_cpus, "num_gpus": pool.num_gpus}
     if pool.accelerator_type is not None:
         resources["accelerator_type"] = pool.accelerator_type
@@ -152,8 +161,8 @@ def deploy(
         name=name,
         max_ongoing_requests=at_once,
         ray_actor_options=resources,
-        health_check_period_s=ANSWERS_WITHIN_S,
-        health_check_timeout_s=ANSWERS_WITHIN_S,
+        health_check_period_s=ASKED_EVERY_S,
+        health_check_timeout_s=answers_s,
         graceful_shutdown_timeout_s=pool.max_call_seconds if isinstance(pool, VaePool) else drain_s,
         graceful_shutdown_wait_loop_s=LOOK_AGAIN_S,
         **size,

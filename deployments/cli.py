@@ -10,7 +10,6 @@ from __future__ import annotations
 import http.client
 import json
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -178,7 +177,7 @@ def demo(
     seconds: float = 8.0,
 ) -> None:
     """Start a service, stream one video of a prompt into a file over HTTP, and stop."""
-    from deployments.config import AppConfig
+    from deployments.config import AppConfig, free_port
     from deployments.service import run_service
 
     check_writable("output", output)
@@ -225,13 +224,6 @@ def save_stream(url: str, prompt: str, seconds: float, output: Path) -> None:
     console.print(f"{output}: {status['frames']} frames, {status['seconds']} s of video in {elapsed:.2f} s")
     if status["note"] is not None:
         console.print(f"note: {status['note']}", style="yellow", markup=False)
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -259,3 +260,10 @@ class AppConfig(Settings):
         except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or the date 2026-13-01
             raise ConfigError(f"{path}: not readable as YAML: {error}") from None
         return cls.parse({} if data is None else data, str(path))
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -15,7 +15,15 @@ from deployments.config import AppConfig, Quota
 from deployments.director import Director
 from deployments.logs import log_with_serve
 from deployments.making import Ref, ReplicaLost
-from deployments.ray_calls import call, call_by_reference, call_to_its_end, cluster_id, live_replicas, until_live
+from deployments.ray_calls import (
+    call,
+    call_by_reference,
+    call_to_its_end,
+    cluster_id,
+    kill_silent,
+    live_replicas,
+    until_live,
+)
 from deployments.records import (
     Call,
     Check,
@@ -96,6 +104,13 @@ class ServeGraph:
         handles = {handle.deployment_name: handle for handle in (getattr(own, part) for own in self._models.values())}
         return sum(map(live_replicas, handles.values()))
 
+    async def kill_silent(self) -> None:
+        """Kills replicas that are alive and silent, for as long as this runs."""
+        handles = [
+            handle for own in self._models.values() for handle in (own.text_encoder, own.sampler, own.vae_decoder)
+        ]
+        await kill_silent(list({handle.deployment_name: handle for handle in handles}.values()))
+
     def demand(self, wanting: Mapping[str, int]) -> dict[str, float]:
         """What the policy in autoscaling.py is told. `wanting`: by model, the videos that want a chunk."""
         told: dict[str, float] = {}
@@ -166,7 +181,11 @@ class DirectorReplica:
             admission=config.admission,
         )
 
+        self._asking = asyncio.create_task(self._graph.kill_silent(), name="asking replicas")
+
     def check_health(self) -> None:
+        if self._asking.done():
+            self._asking.result()  # which never ends but by a bug of ours
         self._director.check_health()
 
     def record_autoscaling_stats(self) -> dict[str, float]:

@@ -65,7 +65,7 @@ METRICS: tuple[Metric, ...] = (
         "helios_retries_total",
         "counter",
         "Calls repeated, by the part that was called and by what was lost.",
-        {"part": PARTS, "reason": ("replica_lost", "input_lost")},
+        {"part": PARTS, "reason": ("replica_lost", "input_lost", "result_lost")},
     ),
     Metric("helios_chunks_committed_total", "counter", "Chunks committed."),
     Metric("helios_frames_committed_total", "counter", "Frames of the chunks committed."),

@@ -9,6 +9,8 @@ went wrong; waiting for the value itself would copy it into the caller.
 from __future__ import annotations
 
 import asyncio
+import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +20,7 @@ import ray
 from ray import ObjectRef
 from ray._common.network_utils import get_localhost_ip
 from ray._private import ray_constants
+from ray.actor import ActorHandle
 from ray.core.generated.gcs_service_pb2 import CheckAliveRequest
 from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 from ray.exceptions import (
@@ -26,6 +29,7 @@ from ray.exceptions import (
     ObjectRefStreamEndOfStreamError,
     OutOfMemoryError,
     RayActorError,
+    RayError,
     RayTaskError,
     TaskCancelledError,
     WorkerCrashedError,
@@ -38,7 +42,11 @@ from ray.serve.schema import ServeDeploySchema
 from deployments.making import InputLost, ReplicaLost
 from helios_core.errors import HeliosError
 
-ANSWER_S = 10.0  # so long Ray's head may take to answer
+logger = logging.getLogger(__name__)
+
+HEAD_ANSWERS_S = 10.0  # so long Ray's head may take to answer
+ASKED_EVERY_S = 2.0  # a replica, whether it is well
+SILENT = 3  # times without an answer
 LOOK_AGAIN_S = 0.1  # at what replicas there are, of which Serve tells by a list in this process
 HEARD_WITHIN_S = 0.2  # so long a replica's beginning may take to be heard of
 REPLICA_LOST = (
@@ -141,7 +149,7 @@ def answers_strangers(gcs_address: str) -> bool:
     (RAY_USE_TLS): its nodes, and the replicas on them, then do what such a one says."""
     with grpc.insecure_channel(gcs_address) as channel:
         try:
-            NodeInfoGcsServiceStub(channel).CheckAlive(CheckAliveRequest(), timeout=ANSWER_S)
+            NodeInfoGcsServiceStub(channel).CheckAlive(CheckAliveRequest(), timeout=HEAD_ANSWERS_S)
         except grpc.RpcError as error:
             return error.code() not in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNAVAILABLE)
     return True
@@ -169,11 +177,46 @@ async def until_live(handles: Sequence[DeploymentHandle]) -> None:
 
 def live_replicas(handle: DeploymentHandle) -> int:
     """How many replicas of a deployment can take calls now, as far as this process has heard."""
+    return len(_actors(handle))
+
+
+def _actors(handle: DeploymentHandle) -> list[ActorHandle]:
     if not handle.is_initialized:
         handle._init()  # else it hears of none before its first call
     router = getattr(handle._router, "_asyncio_router", None)
     requests = getattr(router, "_request_router", None)
-    return 0 if requests is None else len(requests.curr_replicas)
+    return [] if requests is None else [replica._actor_handle for replica in requests.curr_replicas.values()]
+
+
+async def kill_silent(handles: Sequence[DeploymentHandle]) -> None:
+    """Kills replicas that are alive and silent, for as long as this runs: each is asked every ASKED_EVERY_S whether it
+    is well, and one that answered nothing SILENT times running is no more. Its calls are lost, and Serve replaces it.
+
+    Any answer will do, so that who is slow is never mistaken for dead; what one says of itself, Serve hears. That it is
+    the caller who asks matters: a replica cannot answer while its caller's process is stopped, as Ray waits for that
+    one to take the results. Then nobody is asked either.
+    """
+    silences: Counter[ray.ActorID] = Counter()
+    while True:
+        actors = {actor._actor_id: actor for handle in handles for actor in _actors(handle)}
+        asked = asyncio.gather(*map(_answers, actors.values()))
+        answered, _ = await asyncio.gather(asked, asyncio.sleep(ASKED_EVERY_S))
+        silences = Counter({own: silences[own] + 1 for own, well in zip(actors, answered, strict=True) if not well})
+        for own, times in silences.items():
+            if times == SILENT:
+                logger.error("replica %s answered nothing for %g s: killed", own.hex(), SILENT * ASKED_EVERY_S)
+                ray.kill(actors[own])
+
+
+async def _answers(replica: ActorHandle) -> bool:
+    try:
+        async with asyncio.timeout(ASKED_EVERY_S):
+            await replica.check_health.remote()
+    except TimeoutError:
+        return False
+    except RayError:  # it is dead, or says that it is not well
+        pass
+    return True
 
 
 def cluster_id() -> str:

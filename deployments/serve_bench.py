@@ -31,8 +31,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from deployments.cli import free_port
-from deployments.config import AppConfig
+from deployments.config import AppConfig, free_port
 from deployments.timeline import Video, pick, read
 from helios_core.bench.command import commit, cpu
 from helios_core.config import CHUNK_FRAMES, NATIVE_FPS

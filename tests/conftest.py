@@ -8,8 +8,7 @@ from collections.abc import Iterator
 import pytest
 from ray.cluster_utils import Cluster
 
-from deployments.cli import free_port
-from deployments.config import AppConfig
+from deployments.config import AppConfig, free_port
 from deployments.rendering import environment
 from deployments.service import OBJECT_STORE_BYTES
 

@@ -15,7 +15,7 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from deployments.cli import free_port
+from deployments.config import free_port
 from tests.deployments.conftest import LocalService, serving
 
 

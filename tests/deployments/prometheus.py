@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import httpx
 import yaml
 
-from deployments.cli import free_port
+from deployments.config import free_port
 
 PATIENCE_S = 120.0  # only who fails waits so long
 SCRAPES = 3  # a rate needs two

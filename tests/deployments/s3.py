@@ -48,6 +48,10 @@ class S3Server:
             "AWS_REGION": "us-east-1",
         }
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def new_bucket(self) -> str:
         """The URL of an empty one."""
         name = f"bucket-{next(self._numbers)}"

@@ -25,8 +25,7 @@ import yaml
 from ray import serve
 from ray.cluster_utils import Cluster
 
-from deployments.cli import free_port
-from deployments.config import AppConfig
+from deployments.config import AppConfig, free_port
 from deployments.ray_calls import deploy
 from deployments.rendering import APP_NAME, environment, serve_config_text
 from deployments.sampler import VERSION

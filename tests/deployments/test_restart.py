@@ -23,7 +23,7 @@ import yaml
 from ray.serve.generated.serve_pb2 import ASGIRequest
 from ray.serve.generated.serve_pb2_grpc import ASGIServiceStub
 
-from deployments.cli import free_port
+from deployments.config import free_port
 
 pytestmark = pytest.mark.ray
 

@@ -23,8 +23,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from deployments.cli import free_port
-from deployments.config import AppConfig
+from deployments.config import AppConfig, free_port
 from deployments.records import ChunkRecord, Timings, VideoRecord, VideoRequestRecord
 from deployments.service import run_service
 from deployments.store import Store, new_video_id

@@ -64,9 +64,10 @@ def short_of_memory(process: psutil.Process) -> None:
     process.rlimit(psutil.RLIMIT_AS, (process.memory_info().vms, resource.RLIM_INFINITY))
 
 
-def spoilt(part: str, process: psutil.Process) -> None:
-    """The first number of some of a model's weights becomes NaN, where they lie in the memory of a running process."""
-    weights = _beginnings(part)
+def spoilt(part: str, names: str, process: psutil.Process) -> None:
+    """The first number of some weights becomes NaN, where they lie in the memory of a running process. `names`: how
+    theirs begin."""
+    weights = _beginnings(part, names)
     maps = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
     hits = 0
     with open(f"/proc/{process.pid}/mem", "r+b", buffering=0) as memory:
@@ -87,12 +88,12 @@ def spoilt(part: str, process: psutil.Process) -> None:
 
 
 @functools.cache
-def _beginnings(part: str) -> list[bytes]:
+def _beginnings(part: str, names: str) -> list[bytes]:
     """The first bytes of a part's largest weights, in fp32."""
     tensors = []
     for path in sorted(Path(Checkpoint.open("random").part(part)).glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            tensors += [file.get_tensor(name).float().flatten() for name in file.keys()]
+            tensors += [file.get_tensor(name).float().flatten() for name in file.keys() if name.startswith(names)]
     largest = sorted(tensors, key=len)[-LARGEST:]
     return [struct.pack("<16f", *tensor[:16].tolist()) for tensor in largest]
 
@@ -129,8 +130,12 @@ SCENARIOS: dict[str, Scenario] = {
         "R2", "TextEncoder", killed, "text_encoder", chunks=1, settings=LONG, from_start=True, within_s=0.1
     ),
     "the Director is killed": Scenario("R1", "Director", killed, None),
-    "one sampler's weights become NaN": Scenario("R10", "Sampler", partial(spoilt, "transformer"), "sampler"),
-    "the VAE decoder's weights become NaN": Scenario("R10", "VaeDecoder", partial(spoilt, "vae"), "vae_decoder"),
+    "one sampler's weights become NaN": Scenario(
+        "R10", "Sampler", partial(spoilt, "transformer", "blocks."), "sampler"
+    ),
+    "the VAE decoder's weights become NaN": Scenario(
+        "R10", "VaeDecoder", partial(spoilt, "vae", "decoder."), "vae_decoder"
+    ),
     "one sampler gets no more memory": Scenario("R11", "Sampler", short_of_memory, "sampler"),
     "one sampler is told to end": Scenario("R14", "Sampler", terminated, None),  # it ends after its chunk
     "one sampler stops": Scenario("R18", "Sampler", stopped, "sampler"),

@@ -15,7 +15,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.cli import free_port
+from deployments.config import free_port
 from load_tests.wanted import WEIGHTS, draw, rng_of
 from tests.deployments.listening import Listening, listening
 

@@ -1,0 +1,223 @@
+"""`make soak MINUTES=30`: videos of all kinds over an S3 store, and a kill every 30 s of whatever comes next.
+
+No video may be lost: each that is watched has the bytes that the library makes, over as many connections as it takes,
+and each that nobody watches is completed. What lives on must not grow: the memory and the descriptors of every process
+that was there for half of the time, and what somebody holds in the object store. Prints a JSON document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import secrets
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+from ray._private.internal_api import global_gc
+
+from deployments.config import free_port
+from tests.deployments.s3 import S3Server
+from tests.faults.service import REPLICAS, Body, Service, body, by_library, object_store_bytes, processes, serving
+
+KILL_EVERY_S, LOOK_EVERY_S, AGAIN_S = 30.0, 5.0, 0.5
+USERS = 4
+MOST_GROWTH = 1.0  # MB a minute
+ENDED = ("completed", "cancelled", "failed")
+
+
+class User:
+    """Somebody who makes one video after the other and does not give up when a connection breaks."""
+
+    def __init__(self, http: httpx.Client, number: int, over: threading.Event) -> None:
+        self._http, self._rng, self._over = http, random.Random(number), over
+        self.done: Counter[str] = Counter()
+        self.lost: list[str] = []
+
+    def run(self) -> None:
+        kinds: list[Callable[[Body], bool]] = [self._streamed, self._watched, self._unwatched, self._cancelled]
+        while not self._over.is_set():
+            kind = self._rng.choice(kinds)
+            wanted = body(self._rng.randrange(8), self._rng.randrange(1, 7), size="64x64")
+            name = kind.__name__.strip("_")
+            self.done[name] += 1
+            try:
+                if not kind(wanted):
+                    self.lost.append(name)
+            except httpx.HTTPStatusError as error:
+                self.lost.append(f"{name}: {error}")
+
+    def _streamed(self, wanted: Body) -> bool:
+        """Live; from where it broke off if it did."""
+        key, data, video_id = secrets.token_hex(8), b"", None
+        while video_id is None:
+            try:
+                headers = {"Idempotency-Key": key}
+                with self._http.stream("POST", "/v1/videos/stream", json=wanted, headers=headers) as answer:
+                    if answer.status_code == 503:
+                        time.sleep(AGAIN_S)
+                        continue
+                    answer.raise_for_status()
+                    video_id = answer.headers["x-video-id"]
+                    for part in answer.iter_raw():
+                        data += part
+            except httpx.TransportError:
+                time.sleep(AGAIN_S)
+        return self._rest(video_id, data) == by_library(wanted)
+
+    def _watched(self, wanted: Body) -> bool:
+        return self._rest(self._created(wanted), b"") == by_library(wanted)
+
+    def _unwatched(self, wanted: Body) -> bool:
+        return self._ended(self._created(wanted)) == "completed"
+
+    def _cancelled(self, wanted: Body) -> bool:
+        video_id = self._created(wanted)
+        time.sleep(self._rng.uniform(0, 2))
+        self._asked("POST", f"/v1/videos/{video_id}/cancel")
+        return self._ended(video_id) in ("completed", "cancelled")
+
+    def _created(self, wanted: Body) -> str:
+        headers = {"Idempotency-Key": secrets.token_hex(8)}
+        video_id: str = self._asked("POST", "/v1/videos", json=wanted, headers=headers).json()["id"]
+        return video_id
+
+    def _rest(self, video_id: str, data: bytes) -> bytes:
+        """The whole file, of which `data` is there."""
+        path = f"/v1/videos/{video_id}/content"
+        while True:
+            try:
+                with self._http.stream("GET", path, headers={"Range": f"bytes={len(data)}-"}) as answer:
+                    if answer.status_code == 416:  # all of it is there
+                        return data
+                    if answer.status_code < 400:
+                        for part in answer.iter_raw():
+                            data += part
+                    elif answer.status_code < 500:
+                        answer.read()
+                        answer.raise_for_status()
+            except httpx.TransportError:
+                pass
+            time.sleep(AGAIN_S)
+
+    def _ended(self, video_id: str) -> str:
+        while (status := self._asked("GET", f"/v1/videos/{video_id}").json()["status"]) not in ENDED:
+            time.sleep(AGAIN_S)
+        return str(status)
+
+    def _asked(self, method: str, path: str, **options: Any) -> httpx.Response:
+        """The answer, as soon as there is one that is not of a service that comes back."""
+        while True:
+            try:
+                answer = self._http.request(method, path, **options)
+            except httpx.TransportError:
+                pass
+            else:
+                if answer.status_code < 500:
+                    return answer.raise_for_status()
+            time.sleep(AGAIN_S)
+
+
+class Looks:
+    """What each process holds, over time; all but `without`, whose business it is to hold more and more."""
+
+    def __init__(self, without: int) -> None:
+        self._without = without
+        self._seen: dict[int, list[tuple[float, float, int]]] = {}  # pid ▸ (time, MB, descriptors)
+        self._names: dict[int, str] = {}
+
+    def look(self) -> None:
+        for process in psutil.Process().children(recursive=True):
+            if process.pid == self._without:
+                continue
+            try:
+                with process.oneshot():
+                    memory, command = process.memory_info(), process.cmdline()
+                    row = time.monotonic(), (memory.rss - memory.shared) / 1e6, process.num_fds()
+            except psutil.Error:
+                continue
+            self._seen.setdefault(process.pid, []).append(row)
+            self._names[process.pid] = Path(command[0]).name if command else "?"
+
+    def growth(self, seconds: float) -> dict[str, dict[str, float]]:
+        """Of each process that is there at the end and was for half of `seconds`: MB and descriptors a minute, by a
+        straight line through the second half of its life."""
+        found = {}
+        for pid, rows in self._seen.items():
+            if rows[-1][0] - rows[0][0] < seconds / 2 or not psutil.pid_exists(pid):
+                continue
+            times, memory, descriptors = map(np.array, zip(*rows[len(rows) // 2 :], strict=True))
+            slopes = [float(np.polyfit(times / 60, values, 1)[0]) for values in (memory, descriptors)]
+            found[f"{self._names[pid]} {pid}"] = {"MB": round(slopes[0], 2), "descriptors": round(slopes[1], 2)}
+        return found
+
+
+def soak(service: Service, seconds: float, store: S3Server) -> dict[str, Any]:
+    over, rng, looks, kills = threading.Event(), random.Random(0), Looks(store.pid), Counter[str]()
+    service.wait_until_whole()
+    global_gc()
+    before = object_store_bytes()
+    users = [User(service.http, number, over) for number in range(USERS)]
+    end, next_kill = time.monotonic() + seconds, time.monotonic() + KILL_EVERY_S
+    with ThreadPoolExecutor(USERS) as pool:
+        running = [pool.submit(user.run) for user in users]
+        try:
+            while time.monotonic() < end and not any(each.done() for each in running):
+                looks.look()
+                if time.monotonic() >= next_kill:
+                    next_kill += KILL_EVERY_S
+                    name = rng.choice(list(REPLICAS))
+                    if victims := processes(name):  # none, while the last one of it is not back yet
+                        rng.choice(victims).send_signal(signal.SIGKILL)
+                        kills[name] += 1
+                time.sleep(LOOK_EVERY_S)
+        finally:
+            over.set()
+        for each in running:
+            each.result()
+    service.wait_until_whole()
+    global_gc()
+    growth = looks.growth(seconds)
+    return {
+        "minutes": round(seconds / 60, 1),
+        "kills": dict(kills),
+        "videos": dict(sum((user.done for user in users), Counter())),
+        "lost": [told for user in users for told in user.lost],
+        "object store, bytes more": object_store_bytes() - before,
+        "grew most, MB a minute": max((each["MB"] for each in growth.values()), default=0.0),
+        "growth a minute": growth,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=30.0)
+    seconds = 60 * parser.parse_args().minutes
+    os.environ.setdefault("RAY_worker_niceness", "0")  # as in the tests
+    server = S3Server()
+    try:
+        os.environ.update(server.environment)
+        store = server.new_bucket()
+        with tempfile.TemporaryDirectory() as folder, serving(Path(folder), free_port(), store=store) as service:
+            report = soak(service, seconds, server)
+    finally:
+        server.close()
+    print(json.dumps(report, indent=1))  # noqa: T201
+    held = report["object store, bytes more"] <= 0 and report["grew most, MB a minute"] < MOST_GROWTH
+    return 0 if not report["lost"] and held else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
