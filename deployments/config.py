@@ -159,7 +159,7 @@ class AppConfig(Settings):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=1, le=65535)
     keys: str | None = None  # the file of `helios keys`, on each node that has an ingress; None: whoever asks is served
-    insecure: bool = False  # allows that to whoever can reach this machine, and a Ray cluster that wants no token
+    insecure: bool = False  # allows that to whoever can reach this machine, and a Ray that wants no token
     share_hours: float = Field(24.0, gt=0, le=8760)  # so long the links in `share_url` are good, and up to one more
     public_url: str | None = Field(
         None, pattern=r"^https?://[^\s?#]+$"

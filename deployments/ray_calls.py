@@ -18,7 +18,7 @@ from typing import Any
 import grpc
 import ray
 from ray import ObjectRef
-from ray._common.network_utils import get_localhost_ip, is_localhost
+from ray._common.network_utils import get_localhost_ip
 from ray._private import ray_constants
 from ray.actor import ActorHandle
 from ray.core.generated.gcs_service_pb2 import CheckAliveRequest
@@ -132,8 +132,8 @@ async def _ended(result: ObjectRef) -> Any:
 
 
 def start_on_loopback(**options: Any) -> None:
-    """Starts a Ray whose ports nobody reaches from elsewhere: who does may run what they like in it. Raises what
-    ray.init raises."""
+    """Starts a Ray whose ports nobody reaches from elsewhere: who does may run what they like in it. Serve's replicas
+    listen on every interface even so, and want Ray's token. Raises what ray.init raises."""
     before = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = (
         False  # else Ray would put this machine's address for others in place of this one
@@ -144,16 +144,9 @@ def start_on_loopback(**options: Any) -> None:
         ray_constants.ENABLE_RAY_CLUSTER = before
 
 
-def addresses_for_others() -> list[str]:
-    """Those of the nodes of this process's cluster that not only their own machines reach: such a node's Ray listens
-    on every interface."""
-    addresses = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-    return sorted(address for address in addresses if not is_localhost(address))
-
-
 def answers_strangers(gcs_address: str) -> bool:
     """Whether the head of a cluster (its GCS) answers who shows neither a token (RAY_AUTH_MODE) nor a certificate
-    (RAY_USE_TLS): its nodes then do what such a one says."""
+    (RAY_USE_TLS): its nodes, and the replicas on them, then do what such a one says."""
     with grpc.insecure_channel(gcs_address) as channel:
         try:
             NodeInfoGcsServiceStub(channel).CheckAlive(CheckAliveRequest(), timeout=HEAD_ANSWERS_S)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from ray.serve.exceptions import RayServeException
 
 from deployments.app import build_app
 from deployments.config import AppConfig, ConfigError, Pool
-from deployments.ray_calls import addresses_for_others, answers_strangers, deploy, start_on_loopback
+from deployments.ray_calls import answers_strangers, deploy, start_on_loopback
 from deployments.rendering import APP_NAME, MALLOC, environment, serve_config
 from deployments.store import Store
 from helios_core import weights
@@ -61,7 +61,7 @@ def run_service(config: AppConfig) -> Iterator[str]:
                 _check_room(pools, ray.cluster_resources())
             else:
                 ray.init(address, logging_level=logging.WARNING, log_to_driver=False)
-                check_cluster(config, addresses_for_others(), ray.get_runtime_context().gcs_address)
+            check_ray(config, ray.get_runtime_context().gcs_address)
             logging.getLogger("ray.serve").setLevel(logging.WARNING)
             serve.start(http_options=schema["http_options"])
         except ConfigError:
@@ -100,14 +100,13 @@ def verify(config: AppConfig) -> None:
             weights.verify(checkpoint)
 
 
-def check_cluster(config: AppConfig, for_others: Sequence[str], gcs_address: str) -> None:
-    """Raises ConfigError if strangers could do as they please with a cluster that was joined. `for_others`: at which of
-    its addresses others than this machine reach it; `gcs_address`: its head."""
-    if for_others and not config.insecure and answers_strangers(gcs_address):
+def check_ray(config: AppConfig, gcs_address: str) -> None:
+    """Raises ConfigError if strangers could do as they please with Ray. Where its own ports are on one machine's
+    loopback, those of Serve's replicas are not, and what comes there is unpickled. `gcs_address`: its head."""
+    if not config.insecure and answers_strangers(gcs_address):
         raise ConfigError(
-            f"the Ray cluster of RAY_ADDRESS listens at {', '.join(for_others[:3])} and wants no token: whoever "
-            "reaches it can run programs there; allowed: one that was started with RAY_AUTH_MODE=token, or "
-            "insecure: true"
+            f"the Ray at {gcs_address} wants no token: whoever reaches this machine can run programs in it; allowed: "
+            "RAY_AUTH_MODE=token, here and where Ray is started, or insecure: true"
         )
 
 

@@ -1,5 +1,5 @@
-"""Who reaches Ray runs programs in it: a cluster that is open to strangers is not joined. That a Ray of our own listens
-on this machine alone is in test_restart.py, that a real head wants its token in test_ray_calls.py."""
+"""Who reaches Ray runs programs in it: one that is open to strangers is not used. That a Ray of our own listens on this
+machine alone, and its replicas want a token, is in test_restart.py; that a real head does, in test_ray_calls.py."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ from ray.core.generated.gcs_service_pb2_grpc import (
 )
 
 from deployments.config import AppConfig, ConfigError
-from deployments.service import check_cluster
-
-ELSEWHERE = ["10.0.0.7", "10.0.0.8"]
+from deployments.service import check_ray
 
 
 @contextmanager
@@ -39,17 +37,13 @@ def head(wants_token: bool) -> Iterator[str]:
     server.stop(None).wait()
 
 
-@pytest.mark.parametrize(
-    ("wants_token", "for_others", "settings"),
-    [(True, ELSEWHERE, {}), (False, [], {}), (False, ELSEWHERE, {"insecure": True})],
-)
-def test_a_cluster_that_is_joined(wants_token: bool, for_others: list[str], settings: dict[str, bool]) -> None:
+@pytest.mark.parametrize(("wants_token", "settings"), [(True, {}), (False, {"insecure": True})])
+def test_a_ray_that_is_used(wants_token: bool, settings: dict[str, bool]) -> None:
     with head(wants_token) as address:
-        check_cluster(AppConfig().override(**settings), for_others, address)
+        check_ray(AppConfig().override(**settings), address)
 
 
-def test_a_cluster_that_is_open_to_strangers_is_refused() -> None:
+def test_a_ray_that_is_open_to_strangers_is_refused() -> None:
     with head(wants_token=False) as address, pytest.raises(ConfigError) as error:
-        check_cluster(AppConfig(), ELSEWHERE, address)
-    told = str(error.value)
-    assert all(words in told for words in ("10.0.0.7, 10.0.0.8", "RAY_AUTH_MODE=token", "insecure: true"))
+        check_ray(AppConfig(), address)
+    assert all(words in str(error.value) for words in (address, "RAY_AUTH_MODE=token", "insecure: true"))

@@ -15,10 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import psutil
 import pytest
 import yaml
+from ray.serve.generated.serve_pb2 import ASGIRequest
+from ray.serve.generated.serve_pb2_grpc import ASGIServiceStub
 
 from deployments.config import free_port
 
@@ -88,11 +91,20 @@ class Served:
             assert time.monotonic() < deadline, f"this took more than {LONGEST_S} s"
             time.sleep(0.05)
 
-    def listening(self) -> set[str]:
-        """The addresses on which the service's processes listen, Ray's and Serve's among them."""
+    def reached_from_elsewhere(self) -> set[int]:
+        """The ports at which not only this machine reaches the service's processes, Ray's and Serve's among them."""
         family = [self.process, *self.process.children(recursive=True)]
         sockets = [socket for one in family for socket in one.net_connections("inet")]
-        return {socket.laddr.ip for socket in sockets if socket.status == psutil.CONN_LISTEN}
+        listening = [socket.laddr for socket in sockets if socket.status == psutil.CONN_LISTEN]
+        assert len(listening) > 10
+        return {port for ip, port in listening if ip.removeprefix("::ffff:") != "127.0.0.1"}
+
+
+def assert_no_stranger_calls(port: int) -> None:
+    """Whoever calls a replica of Serve's has what they send unpickled."""
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel, pytest.raises(grpc.RpcError) as refused:
+        ASGIServiceStub(channel).HandleRequest(ASGIRequest(), timeout=10)
+    assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
 def kill_all(process: psutil.Process) -> None:
@@ -117,8 +129,11 @@ def test_what_was_accepted_is_finished_after_a_restart(tmp_path: Path) -> None:
         return ids
 
     with served.running():
-        assert served.listening() == {"127.0.0.1"}  # nobody elsewhere reaches Ray
         undisturbed = [served.file(video_id) for video_id in [served.create(seed) for seed in range(VIDEOS)]]
+        reached = served.reached_from_elsewhere()
+        assert len(reached) == 5  # the replicas, whose port Serve opens on every interface
+        for port in reached:
+            assert_no_stranger_calls(port)
         ids = begun(0)
     for trial in range(TRIALS):
         with served.running():
