@@ -131,23 +131,6 @@ def component(span: dict[str, Any]) -> str:
     return str(span["resource"]["attributes"]["helios.component"])
 
 
-# A video that kills
-
-
-def test_a_video_that_kills_its_samplers_is_given_up_and_the_others_are_not(service: Service) -> None:
-    """Whoever takes it dies, three times. (That neighbours on a replica come through: test_director.py.)"""
-    video_id = service.http.post("/v1/videos", json=body(1, chunks=40)).raise_for_status().json()["id"]
-    lost = service.lost("sampler")
-    for kills in range(1, 4):
-        wait_until(lambda: service.metric("helios_sampling") == 1)
-        for victim in processes("Sampler"):  # one of them is at it
-            victim.kill()
-        wait_until(lambda retries=min(kills, 2): service.lost("sampler") == lost + retries)
-    wait_until(lambda: service.http.get(f"/v1/videos/{video_id}").json()["status"] == "failed")
-    assert service.http.get(f"/v1/videos/{video_id}").json()["error"]["code"] == "chunk_lost"
-    assert service.stream(body(2)).data == by_library(body(2))
-
-
 # Keys, and viewers that nobody speaks for
 
 
