@@ -154,9 +154,13 @@ def wait_until(reached: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
+def states(deployment: str) -> dict[str, int]:
+    """How many of its replicas are RUNNING, STARTING and so on, for Serve."""
+    return dict(serve.status().applications[APP_NAME].deployments[deployment].replica_states)
+
+
 def running(deployment: str) -> bool:
-    states = serve.status().applications[APP_NAME].deployments[deployment].replica_states
-    return states == {"RUNNING": REPLICAS[deployment]}
+    return states(deployment) == {"RUNNING": REPLICAS[deployment]}
 
 
 def processes(deployment: str) -> list[psutil.Process]:

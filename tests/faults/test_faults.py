@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from ray._private.internal_api import global_gc
 
@@ -39,6 +40,7 @@ from tests.faults.service import (
     ongoing_requests,
     processes,
     running,
+    states,
     wait_for_end,
     wait_until,
 )
@@ -129,6 +131,30 @@ def check_trace(spans: list[dict[str, Any]], video_id: str, caller: str | None) 
 
 def component(span: dict[str, Any]) -> str:
     return str(span["resource"]["attributes"]["helios.component"])
+
+
+# A video that kills
+
+
+def test_a_video_that_kills_its_samplers_is_given_up_and_the_others_are_not(service: Service) -> None:
+    """Whoever takes it dies, three times. (That neighbours on a replica come through: test_director.py.)"""
+    video_id = service.http.post("/v1/videos", json=body(1, chunks=40)).raise_for_status().json()["id"]
+    killed: set[int] = set()
+
+    def victims() -> list[psutil.Process]:
+        """Once there is one that can take a call: who was killed is RUNNING for Serve until it starts another one."""
+        there = [process for process in processes("Sampler") if process.pid not in killed]
+        return there if there and states("Sampler").get("RUNNING") else []
+
+    for _ in range(3):
+        wait_until(lambda: victims() and service.metric("helios_sampling") == 1)
+        time.sleep(CHUNK_SECONDS / 3)  # into the chunk
+        for victim in victims():
+            killed.add(victim.pid)
+            victim.kill()
+    wait_until(lambda: service.http.get(f"/v1/videos/{video_id}").json()["status"] == "failed")
+    assert service.http.get(f"/v1/videos/{video_id}").json()["error"]["code"] == "chunk_lost"
+    assert service.stream(body(2)).data == by_library(body(2))
 
 
 # Keys, and viewers that nobody speaks for
@@ -320,3 +346,4 @@ def test_weights_that_are_not_whole_never_take_over(service: Service, tmp_path: 
     assert made.data == by_library(body(1))
     assert service.stream(body(2)).data == by_library(body(2))
     assert {name: processes(name) for name in REPLICAS} == before
+    deploy(serve_config(service.config))  # Serve tells nothing of the replicas of what it was asked for in vain
