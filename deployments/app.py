@@ -29,11 +29,13 @@ VAE_DECODER = "deployments.vae_decoder.VaeDecoder"
 MANY = 10_000  # requests at once for those that only wait: Serve's default of 5 would queue a sixth viewer
 LONGEST_ANSWER_S = 2.0  # a Director that is to stop has nothing to finish: what it leaves goes on under the next one
 LOOK_AGAIN_S = 0.5  # between two looks whether a replica that is to stop has finished, in place of Serve's 2
-ASKED_EVERY_S = 2.0  # by Serve, whether a replica is well; who does not answer in time three times running is replaced
+SERVE_ASKS_EVERY_S = (
+    2.0  # a replica, whether it is well; one that is late with its answer three times running is replaced
+)
 DIRECTOR_ANSWERS_S, INGRESS_ANSWERS_S = 2.0, 5.0
 # Those that compute are asked by the Director, too, and sooner (SILENT in ray_calls.py). Serve must take longer than to
 # find that the Director was stopped: who works for it then answers nobody, as Ray waits for it.
-ANSWERS_S = 10.0
+COMPUTING_ANSWERS_S = 10.0
 LOOK_BACK_S = 30.0  # so much of what the Director told does the policy see
 TELLS_EVERY_S = 1.0  # Serve asks the Director for it; 10 s, as by default, would be most of a cold start
 # Replicas that compute keep their freed memory: where glibc gives every large tensor back at once, as service.py has it
@@ -139,7 +141,7 @@ def deploy(
     environment: dict[str, str] | None = None,
     drain_s: float = LONGEST_ANSWER_S,
     scales: bool = False,
-    answers_s: float = ANSWERS_S,
+    answers_s: float = COMPUTING_ANSWERS_S,
 ) -> Any:
     """`replica`, a class or its import path, as a deployment with the resources of `pool`, whose size is asked of the
     policy if it may differ or `scales`; each of its replicas takes `at_once` calls at a time, and has `drain_s` to
@@ -161,7 +163,7 @@ def deploy(
         name=name,
         max_ongoing_requests=at_once,
         ray_actor_options=resources,
-        health_check_period_s=ASKED_EVERY_S,
+        health_check_period_s=SERVE_ASKS_EVERY_S,
         health_check_timeout_s=answers_s,
         graceful_shutdown_timeout_s=pool.max_call_seconds if isinstance(pool, VaePool) else drain_s,
         graceful_shutdown_wait_loop_s=LOOK_AGAIN_S,

@@ -101,15 +101,16 @@ class ServeGraph:
         return live_replicas(self._models[model].sampler)
 
     def replicas(self, part: str) -> int:
-        handles = {handle.deployment_name: handle for handle in (getattr(own, part) for own in self._models.values())}
-        return sum(map(live_replicas, handles.values()))
+        return sum(map(live_replicas, self._handles(part)))
 
     async def kill_silent(self) -> None:
         """Kills replicas that are alive and silent, for as long as this runs."""
-        handles = [
-            handle for own in self._models.values() for handle in (own.text_encoder, own.sampler, own.vae_decoder)
-        ]
-        await kill_silent(list({handle.deployment_name: handle for handle in handles}.values()))
+        await kill_silent(self._handles("text_encoder", "sampler", "vae_decoder"))
+
+    def _handles(self, *parts: str) -> list[DeploymentHandle]:
+        """Each deployment of these parts once: models share those that are equal."""
+        handles = [getattr(own, part) for own in self._models.values() for part in parts]
+        return list({handle.deployment_name: handle for handle in handles}.values())
 
     def demand(self, wanting: Mapping[str, int]) -> dict[str, float]:
         """What the policy in autoscaling.py is told. `wanting`: by model, the videos that want a chunk."""
@@ -180,7 +181,6 @@ class DirectorReplica:
             keep=Keep(days=config.keep_videos_days, bytes=config.keep_bytes),
             admission=config.admission,
         )
-
         self._asking = asyncio.create_task(self._graph.kill_silent(), name="asking replicas")
 
     def check_health(self) -> None:
