@@ -153,7 +153,7 @@ def sample_chunk(
     history's keys and values of the first step of each "stage" or of the "chunk". Latents are solved on the model's
     device, in fp32 at first and then in the dtypes that `solver` gives, as the reference does. A GPU is waited for at
     the end only, and before a step for `on_step`'s sake (RUN_AHEAD). The chunk's own latents are `result.latents`.
-    Raises ValueError for a stage without steps.
+    Raises ValueError for a stage without steps, NotFinite if the latents are not numbers in the end.
     """
     stages = pyramid(scheduler)
     if len(steps) != len(stages) or min(steps) < 1:

@@ -65,13 +65,14 @@ def to_i420(frames_1CTHW: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def decode_chunk(vae: WanVae, latents_1C9hw: Tensor, *formats: Format) -> list[NDArray[np.uint8]]:
-    """A chunk's 33 frames, in each of `formats`, from its normalised latents [1, C, 9, h, w], fp32.
+def decode_chunk(vae: WanVae, latents_1CThw: Tensor, *formats: Format) -> list[NDArray[np.uint8]]:
+    """A chunk's frames, in each of `formats`, from its normalised latents [1, C, T, h, w], fp32: 4 T - 3 of them, which
+    is 33 for the 9 that every chunk has.
 
     Each chunk is decoded on its own, as the reference does: its first latent gives one frame, not four.
     Raises NotFinite if they have values that are not numbers.
     """
-    latents = denormalise(latents_1C9hw.to(vae.device), vae.config).to(vae.decoder_dtype)
+    latents = denormalise(latents_1CThw.to(vae.device), vae.config).to(vae.decoder_dtype)
     passes, sums = [], []
     for frames in vae.decode_frames(latents, LATENTS_PER_PASS):
         passes.append([made(frames) for made in formats])
