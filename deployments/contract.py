@@ -261,7 +261,10 @@ class Answer:
 
 # Refusals: status ▸ (description with the codes, headers that always come along).
 REFUSALS: dict[int, tuple[str, tuple[str, ...]]] = {
-    400: ("The body is broken: `invalid_json`, `invalid_form`; or the file is none: `invalid_input`", ()),
+    400: (
+        "The body is broken: `invalid_json`, `invalid_form`, `body_cut_off`; or the file is none: `invalid_input`",
+        (),
+    ),
     401: ("No key, or none that is known: `unauthorized`", ("WWW-Authenticate",)),
     403: ("The key is of another kind: `forbidden`; or the link is not good: `link_invalid`, `link_expired`", ()),
     404: ("There is none: `not_found`, `model_not_found`", ()),
