@@ -46,7 +46,7 @@ from helios_core.media.read import MediaInfo
 from tests.core import media_files
 from tests.deployments.conftest import LocalService, serving
 from tests.deployments.test_content import BODY, ended, get, running
-from tests.deployments.test_director import PROMPT
+from tests.deployments.test_director import PROMPT, TRACEPARENT
 from tests.deployments.test_events import told
 from tests.deployments.test_watching import client
 
@@ -54,7 +54,6 @@ BAD = "a scene that nobody should see"
 SHORT = {**BODY, "seconds": 1}  # one chunk
 FORM = {"prompt": PROMPT, "seconds": "1", "size": "64x64", "preset": "realtime"}
 PICTURE, CLIP = media_files.image("PNG"), media_files.video(48)
-TRACEPARENT = f"00-{'1' * 32}-{'2' * 16}-01"
 
 Asked = tuple[str, Any]  # what was checked: the part, and the text, the file's bytes or the chunk
 
