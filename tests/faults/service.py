@@ -78,20 +78,22 @@ class Service:
             disturb()
             return [stream.result() for stream in streams]
 
-    def metric(self, name: str, **labels: str) -> float:
+    def metrics(self, name: str, **labels: str) -> list[float]:
+        """The values of a metric, of all series that have these labels."""
         families = text_string_to_metric_families(self.http.get("/metrics").text)
         samples = [sample for family in families for sample in family.samples if sample.name == name]
-        (value,) = [sample.value for sample in samples if labels.items() <= sample.labels.items()]
+        return [sample.value for sample in samples if labels.items() <= sample.labels.items()]
+
+    def metric(self, name: str, **labels: str) -> float:
+        (value,) = self.metrics(name, **labels)
         return value
 
     def lost(self, part: str) -> float:
         return self.metric("helios_retries_total", part=part, reason="replica_lost")
 
     def retries(self, part: str) -> float:
-        """How often something was lost that a part was asked for."""
-        families = text_string_to_metric_families(self.http.get("/metrics").text)
-        samples = [sample for family in families for sample in family.samples if sample.labels.get("part") == part]
-        return sum(sample.value for sample in samples if sample.name == "helios_retries_total")
+        """How often something was lost that a part was asked for, whatever it was."""
+        return sum(self.metrics("helios_retries_total", part=part))
 
     def wait_until_whole(self) -> None:
         """Returns when all replicas are there and nothing is under way."""
