@@ -29,9 +29,7 @@ VAE_DECODER = "deployments.vae_decoder.VaeDecoder"
 MANY = 10_000  # requests at once for those that only wait: Serve's default of 5 would queue a sixth viewer
 LONGEST_ANSWER_S = 2.0  # a Director that is to stop has nothing to finish: what it leaves goes on under the next one
 LOOK_AGAIN_S = 0.5  # between two looks whether a replica that is to stop has finished, in place of Serve's 2
-SERVE_ASKS_EVERY_S = (
-    2.0  # a replica, whether it is well; one that is late with its answer three times running is replaced
-)
+SERVE_ASKS_EVERY_S = 2.0  # a replica, whether it is well; one that answers late three times running is replaced
 DIRECTOR_ANSWERS_S, INGRESS_ANSWERS_S = 2.0, 5.0
 # Those that compute are asked by the Director, too, and sooner (SILENT in ray_calls.py). Serve must take longer than to
 # find that the Director was stopped: who works for it then answers nobody, as Ray waits for it.

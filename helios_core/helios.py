@@ -134,7 +134,7 @@ class Helios:
         [T, H, W, 3] at 24 fps; `size`: "WIDTHxHEIGHT" in pixels; `seconds`: with None it goes on until nobody asks for
         more, an hour at most; `steps`: solver steps per stage, or `preset` by name; `prompts`: changes of the prompt on
         the way. None everywhere else means the model's own choice. Raises InvalidInput at the call, before anything is
-        computed.
+        computed; NotFinite with the chunk of which the model makes no numbers.
         """
         if image is not None and video is not None:
             raise InvalidInput("video", "given together with image", "an image or a video, not both")
