@@ -135,9 +135,8 @@ def start_on_loopback(**options: Any) -> None:
     """Starts a Ray whose ports nobody reaches from elsewhere: who does may run what they like in it. Serve's replicas
     listen on every interface even so, and want Ray's token. Raises what ray.init raises."""
     before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = (
-        False  # else Ray would put this machine's address for others in place of this one
-    )
+    # Else Ray would put this machine's address for others in place of this one.
+    ray_constants.ENABLE_RAY_CLUSTER = False
     try:
         ray.init("local", _node_ip_address=get_localhost_ip(), **options)
     finally:
