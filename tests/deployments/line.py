@@ -42,7 +42,11 @@ class Line:
                     if not self._open:
                         client.close()
                         continue
-                    server = socket.create_connection(("127.0.0.1", self._port))
+                    try:
+                        server = socket.create_connection(("127.0.0.1", self._port))
+                    except ConnectionRefusedError:
+                        client.close()
+                        continue
                     self._sockets |= {client, server}
                 for one, other in ((client, server), (server, client)):
                     threading.Thread(target=self._relay, args=(one, other), daemon=True).start()

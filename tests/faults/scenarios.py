@@ -1,9 +1,9 @@
 """What goes wrong, to whom, while which videos are made; and what is asked of the service then.
 
 A trial streams a scenario's videos at once. As soon as each has a fragment one fault is done, at a moment that the
-trial's seed chooses. Every stream must end on the connection that it began on, with the bytes that it has when nothing
-happens. Afterwards nothing may be left: no replica too many or too few, nothing under way, no descriptor, no bytes in
-the object store.
+trial's seed chooses. Every stream must end with the bytes that it has when nothing happens, and on the connection that
+it began on; where the fault is that connections break, its viewer goes on with `Range`. Afterwards nothing may be left:
+no replica too many or too few, nothing under way, no descriptor, no bytes in the object store.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import psutil
 from ray._private.internal_api import global_gc
 from safetensors import safe_open
 
 from helios_core.checkpoints import Checkpoint
+from tests.deployments.line import Line
 from tests.faults.service import (
     CHUNK_SECONDS,
     REPLICAS,
@@ -42,7 +44,10 @@ from tests.faults.service import (
 LARGEST = 4  # weights
 SPARE_DESCRIPTORS = 16  # connections to other processes of the cluster, which stay open
 
-Fault = Callable[[psutil.Process], None]
+NETWORK = "the network"  # between the viewers and the proxy
+CUT_S = 1.0
+
+Fault = Callable[[Any], None]  # what happens to a process, or to the network
 
 
 def killed(process: psutil.Process) -> None:
@@ -57,6 +62,13 @@ def stopped(process: psutil.Process) -> None:
 def terminated(process: psutil.Process) -> None:
     """As by a node that is drained."""
     process.send_signal(signal.SIGTERM)
+
+
+def cut(line: Line) -> None:
+    """All connections end, and there are no new ones for a while."""
+    line.cut()
+    time.sleep(CUT_S)
+    line.mend()
 
 
 def short_of_memory(process: psutil.Process) -> None:
@@ -100,15 +112,19 @@ def _beginnings(part: str, names: str) -> list[bytes]:
 
 @dataclass(frozen=True)
 class Scenario:
-    """`row`: of the table of faults in RELIABILITY.md; `deployment`: one of its replicas, or `everyone`, meets the
-    `fault`; `part`: what is lost if it was at work, None: nothing is; `from_start`: the fault is done `within_s` after
-    the videos were asked for, else after each has a fragment."""
+    """`row`: of the table of faults in RELIABILITY.md; `role`: who meets the `fault`, one replica of a deployment or
+    `everyone` of it, one of Serve's own, or the network; `part`: what is lost if it was at work, None: nothing is;
+    `cuts`: the viewers' connections, so that they come back; `along`: a deployment that it may cost a replica, too;
+    `from_start`: the fault is done `within_s` after the
+    videos were asked for, else after each has a fragment."""
 
     row: str
-    deployment: str
+    role: str
     fault: Fault
     part: str | None
     everyone: bool = False
+    cuts: bool = False
+    along: str | None = None
     videos: int = 8
     chunks: int = 6
     settings: Body = field(default_factory=dict)
@@ -141,6 +157,12 @@ SCENARIOS: dict[str, Scenario] = {
     "one sampler stops": Scenario("R18", "Sampler", stopped, "sampler"),
     "the VAE decoder stops": Scenario("R18", "VaeDecoder", stopped, "vae_decoder", chunks=4, settings=LARGE),
     "the Director stops": Scenario("R18", "Director", stopped, None),
+    "the ingress is killed": Scenario("R3", "Ingress", killed, None, cuts=True),
+    # Ray has the Director wait until the ingress takes its answers: it seems silent itself, and is replaced sooner.
+    "the ingress stops": Scenario("R18", "Ingress", stopped, None, cuts=True, along="Director"),
+    "Serve's proxy is killed": Scenario("R3", "Proxy", killed, None, cuts=True),
+    "the network is cut": Scenario("R3", NETWORK, cut, None, cuts=True),
+    "Serve's controller is killed": Scenario("R3", "Controller", killed, None),
 }
 
 
@@ -158,31 +180,33 @@ class Trial:
 
 def undisturbed(service: Service, scenario: Scenario, videos: int) -> list[float]:
     """The longest pause of each stream if nothing happens."""
-    streams = service.together(scenario.bodies(videos))
+    streams = service.together(scenario.bodies(videos), come_back=scenario.cuts)
     return [_longest_pause(scenario, one) for one in streams]
 
 
 def trial(service: Service, scenario: Scenario, seed: int, videos: int) -> Trial:
     """One trial. Raises AssertionError if something is left behind."""
     service.wait_until_whole()
-    rng = random.Random(f"{scenario.deployment} {scenario.fault} {seed}")
+    rng = random.Random(f"{scenario.role} {seed}")
     bodies = scenario.bodies(videos)
     expected = [by_library(one) for one in bodies]
     part, memory = scenario.part, object_store_bytes()
     before = service.retries(part) if part else 0.0
-    descriptors = {process.pid: process.num_fds() for name in REPLICAS for process in processes(name)}
+    watched = [process for name in REPLICAS if name != scenario.along for process in processes(name)]
+    descriptors = {process.pid: process.num_fds() for process in watched}
     began = 0.0
 
     def disturb() -> None:
         nonlocal began
-        victims = processes(scenario.deployment)
+        victims = [service.line] if scenario.role == NETWORK else processes(scenario.role)
         time.sleep(rng.uniform(0, scenario.within_s))
         began = time.monotonic()
         for victim in victims if scenario.everyone else [rng.choice(victims)]:
             scenario.fault(victim)
-            del descriptors[victim.pid]
+            if scenario.role in REPLICAS:
+                del descriptors[victim.pid]
 
-    streams = service.together(bodies, disturb, scenario.from_start)
+    streams = service.together(bodies, disturb, scenario.from_start, scenario.cuts)
     hit = service.retries(part) > before if part else True
     service.wait_until_whole()
     recovered = time.monotonic() - began

@@ -6,7 +6,7 @@ import functools
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,10 +28,13 @@ from deployments.service import run_service
 from helios_core.helios import Helios
 from helios_core.media.fragments import encode_fragment
 from tests.deployments.boxes import read_boxes, reader
+from tests.deployments.line import Line
 
 SAMPLERS = 2
+AGAIN_S, PATIENCE_S = 0.5, 60.0  # between two tries of a client whose connection broke, and for all that hears nothing
 CHUNK_SECONDS = 0.5  # of sampling, paced: so that a fault finds a sampler in the midst of a chunk
 REPLICAS = {"Sampler": SAMPLERS, "VaeDecoder": 1, "TextEncoder": 1, "Director": 1, "Ingress": 1}
+ACTORS = {"Proxy": "ray::ProxyActor", "Controller": "ray::ServeController"}  # Serve's own
 
 Body = dict[str, Any]
 
@@ -46,33 +49,42 @@ class Streamed(NamedTuple):
 
 @dataclass
 class Service:
+    """`line`: a network to it that can be cut."""
+
     url: str
     http: httpx.Client
+    line: Line
     store: Path
     trace_file: Path
     config: AppConfig
 
     def stream(self, body: Body, began: threading.Event | None = None) -> Streamed:
         """A video's live stream. `began` is set when its first fragment has arrived."""
-        arrived = [time.monotonic()]
+        asked_at = time.monotonic()
         with self.http.stream("POST", "/v1/videos/stream", json=body) as response:
             assert response.status_code == 200, response.read()
-            data = b""
-            for kind, box in read_boxes(reader(response.iter_raw())):
-                data += box
-                if kind == "mdat":
-                    arrived.append(time.monotonic())
-                    if began is not None:
-                        began.set()
-            return Streamed(response.headers["x-video-id"], data, arrived)
+            return _streamed(response.headers["x-video-id"], response.iter_raw(), asked_at, began)
+
+    def watch(self, body: Body, began: threading.Event | None = None) -> Streamed:
+        """The same of a viewer behind `line`, whose connection may break: it goes on with `Range`."""
+        asked_at = time.monotonic()
+        video_id = self.http.post("/v1/videos", json=body).raise_for_status().json()["id"]
+        with httpx.Client(base_url=self.line.url, timeout=120) as http:
+            return _streamed(video_id, rest(http, video_id), asked_at, began)
 
     def together(
-        self, bodies: list[Body], disturb: Callable[[], None] = lambda: None, from_start: bool = False
+        self,
+        bodies: list[Body],
+        disturb: Callable[[], None] = lambda: None,
+        from_start: bool = False,
+        come_back: bool = False,
     ) -> list[Streamed]:
-        """Streams all at once; `disturb` is called when each has its first fragment, or at once."""
+        """Streams all at once, for viewers that `come_back` if their connection breaks or for others; `disturb` is
+        called when each has its first fragment, or at once."""
         events = [threading.Event() for _ in bodies]
+        see = self.watch if come_back else self.stream
         with ThreadPoolExecutor(len(bodies)) as pool:
-            streams = [pool.submit(self.stream, body, event) for body, event in zip(bodies, events, strict=True)]
+            streams = [pool.submit(see, body, event) for body, event in zip(bodies, events, strict=True)]
             for event in () if from_start else events:
                 assert event.wait(60)
             disturb()
@@ -111,6 +123,38 @@ class Service:
         return [json.loads(line) for line in self.trace_file.read_text().splitlines()]
 
 
+def _streamed(video_id: str, parts: Iterable[bytes], asked_at: float, began: threading.Event | None) -> Streamed:
+    data, arrived = b"", [asked_at]
+    for kind, box in read_boxes(reader(parts)):
+        data += box
+        if kind == "mdat":
+            arrived.append(time.monotonic())
+            if began is not None:
+                began.set()
+    return Streamed(video_id, data, arrived)
+
+
+def rest(http: httpx.Client, video_id: str, have: int = 0) -> Iterator[bytes]:
+    """A video's file from byte `have` on, over as many connections as it takes."""
+    heard = time.monotonic()
+    while time.monotonic() < heard + PATIENCE_S:
+        try:
+            with http.stream("GET", f"/v1/videos/{video_id}/content", headers={"Range": f"bytes={have}-"}) as answer:
+                if answer.status_code == 416:  # all of it is there
+                    return
+                if answer.status_code < 400:
+                    for part in answer.iter_raw():
+                        have, heard = have + len(part), time.monotonic()
+                        yield part
+                elif answer.status_code < 500:
+                    answer.read()
+                    answer.raise_for_status()
+        except httpx.TransportError:
+            pass
+        time.sleep(AGAIN_S)
+    raise AssertionError(f"nothing came for {PATIENCE_S:g} s after byte {have}")
+
+
 def body(seed: int, chunks: int = 6, **settings: Any) -> Body:
     prompt = "a red sun over a blue sea"
     return {"prompt": prompt, "seconds": chunks * 33 / 24, "seed": seed, "steps": [1, 1, 1], **settings}
@@ -126,7 +170,9 @@ def serving(folder: Path, port: int, **settings: Any) -> Iterator[Service]:
     )
     limits = httpx.Limits(max_connections=None)
     with run_service(config) as url, httpx.Client(base_url=url, timeout=120, limits=limits) as http:
-        yield Service(url, http, folder / "store", folder / "spans.jsonl", config)
+        line = Line(port)
+        yield Service(url, http, line, folder / "store", folder / "spans.jsonl", config)
+        line.close()
 
 
 @functools.cache
@@ -150,9 +196,9 @@ def _made(wanted: str) -> bytes:
 
 def wait_until(reached: Callable[[], bool]) -> None:
     """Serve tells of no change: it has to be asked."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_S
     while not reached():
-        assert time.monotonic() < deadline, "this took more than a minute"
+        assert time.monotonic() < deadline, f"this took more than {PATIENCE_S:g} s"
         time.sleep(0.05)
 
 
@@ -165,9 +211,9 @@ def running(deployment: str) -> bool:
     return states(deployment) == {"RUNNING": REPLICAS[deployment]}
 
 
-def processes(deployment: str) -> list[psutil.Process]:
-    """Of this service: there may be others on the machine."""
-    title = f"ray::ServeReplica:{APP_NAME}:{deployment}"
+def processes(role: str) -> list[psutil.Process]:
+    """A deployment's replicas, or Serve's own, of this service: there may be others on the machine."""
+    title = ACTORS.get(role, f"ray::ServeReplica:{APP_NAME}:{role}")
     found = []
     for process in psutil.Process().children(recursive=True):
         try:

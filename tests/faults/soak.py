@@ -30,9 +30,20 @@ from ray._private.internal_api import global_gc
 
 from deployments.config import free_port
 from tests.deployments.s3 import S3Server
-from tests.faults.service import REPLICAS, Body, Service, body, by_library, object_store_bytes, processes, serving
+from tests.faults.service import (
+    AGAIN_S,
+    REPLICAS,
+    Body,
+    Service,
+    body,
+    by_library,
+    object_store_bytes,
+    processes,
+    rest,
+    serving,
+)
 
-KILL_EVERY_S, LOOK_EVERY_S, AGAIN_S = 30.0, 5.0, 0.5
+KILL_EVERY_S, LOOK_EVERY_S = 30.0, 5.0
 USERS = 4
 MOST_GROWTH = 1.0  # MB a minute, and descriptors a minute
 ENDED = ("completed", "cancelled", "failed")
@@ -75,10 +86,10 @@ class User:
                         data += part
             except httpx.TransportError:
                 time.sleep(AGAIN_S)
-        return self._rest(video_id, data) == by_library(wanted)
+        return data + b"".join(rest(self._http, video_id, len(data))) == by_library(wanted)
 
     def _watched(self, wanted: Body) -> bool:
-        return self._rest(self._created(wanted), b"") == by_library(wanted)
+        return b"".join(rest(self._http, self._created(wanted))) == by_library(wanted)
 
     def _unwatched(self, wanted: Body) -> bool:
         return self._ended(self._created(wanted)) == "completed"
@@ -93,24 +104,6 @@ class User:
         headers = {"Idempotency-Key": secrets.token_hex(8)}
         video_id: str = self._asked("POST", "/v1/videos", json=wanted, headers=headers).json()["id"]
         return video_id
-
-    def _rest(self, video_id: str, data: bytes) -> bytes:
-        """The whole file, of which `data` is there."""
-        path = f"/v1/videos/{video_id}/content"
-        while True:
-            try:
-                with self._http.stream("GET", path, headers={"Range": f"bytes={len(data)}-"}) as answer:
-                    if answer.status_code == 416:  # all of it is there
-                        return data
-                    if answer.status_code < 400:
-                        for part in answer.iter_raw():
-                            data += part
-                    elif answer.status_code < 500:
-                        answer.read()
-                        answer.raise_for_status()
-            except httpx.TransportError:
-                pass
-            time.sleep(AGAIN_S)
 
     def _ended(self, video_id: str) -> str:
         while (status := self._asked("GET", f"/v1/videos/{video_id}").json()["status"]) not in ENDED:
