@@ -41,8 +41,12 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
 def run(service: Service, name: str, scenario: Scenario, trials: int, videos: int) -> dict[str, Any]:
     calm = [pause for _ in range(UNDISTURBED) for pause in undisturbed(service, scenario, videos)]
     tried: list[Trial] = []
+    left = []
     for seed in range(TRIES * trials):
-        tried.append(trial(service, scenario, seed, videos))
+        try:
+            tried.append(trial(service, scenario, seed, videos))
+        except AssertionError as error:
+            left.append(f"seed {seed}: {error}")
         if sum(each.hit for each in tried) == trials:
             break
     hits = [each for each in tried if each.hit]
@@ -58,6 +62,7 @@ def run(service: Service, name: str, scenario: Scenario, trials: int, videos: in
         "undisturbed_pause_s": percentiles(calm),
         "pause_s": percentiles([pause for each in hits for pause in each.pauses_s]) if hits else None,
         "recovered_s": round(statistics.median(each.recovered_s for each in hits), 1) if hits else None,
+        "left_behind": left,
     }
 
 
@@ -90,12 +95,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder, serving(Path(folder), free_port()) as service:
         for name in options.only:
             rows.append(run(service, name, SCENARIOS[name], options.trials, options.videos))
-            print(line(rows[-1]), flush=True)  # noqa: T201
+            print(line(rows[-1]), *rows[-1]["left_behind"], sep="\n", flush=True)  # noqa: T201
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     about = {"commit": commit, "cpus": os.cpu_count(), "machine": platform.processor() or platform.machine()}
     versions = {name: version(name) for name in ("ray", "torch")}
     print(json.dumps({**about, "versions": versions, "scenarios": rows}))  # noqa: T201
-    return 0 if all(row["whole"] == row["streams"] and row["hits"] >= options.trials for row in rows) else 1
+    good = [row["whole"] == row["streams"] and row["hits"] >= options.trials and not row["left_behind"] for row in rows]
+    return 0 if all(good) else 1
 
 
 if __name__ == "__main__":

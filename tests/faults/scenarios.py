@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from ray._private.internal_api import global_gc
+from ray._private.internal_api import global_gc, memory_summary
 from safetensors import safe_open
 
 from helios_core.checkpoints import Checkpoint
@@ -45,7 +45,7 @@ LARGEST = 4  # weights
 SPARE_DESCRIPTORS = 16  # connections to other processes of the cluster, which stay open
 
 NETWORK = "the network"  # between the viewers and the proxy
-CUT_S = 1.0
+CUT_S, SILENT_S = 1.0, 5.0
 
 Fault = Callable[[Any], None]  # what happens to a process, or to the network
 
@@ -57,6 +57,13 @@ def killed(process: psutil.Process) -> None:
 def stopped(process: psutil.Process) -> None:
     """Alive and silent, until somebody kills it."""
     process.send_signal(signal.SIGSTOP)
+
+
+def silent(process: psutil.Process) -> None:
+    """Alive and silent, for a while."""
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(SILENT_S)
+    process.send_signal(signal.SIGCONT)
 
 
 def terminated(process: psutil.Process) -> None:
@@ -162,7 +169,9 @@ SCENARIOS: dict[str, Scenario] = {
     "the ingress stops": Scenario("R18", "Ingress", stopped, None, cuts=True, along="Director"),
     "Serve's proxy is killed": Scenario("R3", "Proxy", killed, None, cuts=True),
     "the network is cut": Scenario("R3", NETWORK, cut, None, cuts=True),
+    "Serve's proxy stops": Scenario("R18", "Proxy", stopped, None, cuts=True),
     "Serve's controller is killed": Scenario("R3", "Controller", killed, None),
+    "Serve's controller is silent": Scenario("R18", "Controller", silent, None),
 }
 
 
@@ -225,7 +234,10 @@ def _assert_nothing_is_left(memory: int, descriptors: dict[int, int]) -> None:
     """`memory`: bytes in the object store before; `descriptors`: how many each process had then that met no fault. It
     must be there still: a dead replica shall take no healthy one along."""
     global_gc()
-    wait_until(lambda: object_store_bytes() <= memory)
+    try:
+        wait_until(lambda: object_store_bytes() <= memory)
+    except AssertionError as left:
+        raise AssertionError(f"the object store held {memory} bytes before; now:\n{memory_summary()}") from left
     wait_until(lambda: all(len(processes(name)) == count for name, count in REPLICAS.items()))
     lived_on = {process.pid: process for name in REPLICAS for process in processes(name)}
     assert descriptors.keys() <= lived_on.keys(), "a replica that met no fault was replaced"
