@@ -6,6 +6,8 @@ import socket
 import threading
 from contextlib import suppress
 
+CONNECTS_S = 1.0  # within which the server takes a connection
+
 
 class Line:
     """Relays `url` to the server on `port`. While it is cut every connection ends at once."""
@@ -31,6 +33,8 @@ class Line:
         self._open = True
 
     def close(self) -> None:
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes who waits for a connection
         self._listener.close()
         self.cut()
 
@@ -38,14 +42,16 @@ class Line:
         with suppress(OSError):  # it was closed
             while True:
                 client, _ = self._listener.accept()
+                try:
+                    server = socket.create_connection(("127.0.0.1", self._port), CONNECTS_S)
+                except OSError:  # it is not there, or takes nobody
+                    client.close()
+                    continue
+                server.settimeout(None)
                 with self._lock:
                     if not self._open:
                         client.close()
-                        continue
-                    try:
-                        server = socket.create_connection(("127.0.0.1", self._port))
-                    except ConnectionRefusedError:
-                        client.close()
+                        server.close()
                         continue
                     self._sockets |= {client, server}
                 for one, other in ((client, server), (server, client)):

@@ -12,7 +12,7 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from deployments.ray_calls import deploy
 from deployments.rendering import APP_NAME, environment, serve_config_text
 from deployments.sampler import VERSION
 from deployments.service import OBJECT_STORE_BYTES
+from tests.deployments.line import Line
 from tests.deployments.prometheus import assert_all_queries_answer
 from tests.faults.service import Service, body, by_library, wait_until
 
@@ -135,8 +136,9 @@ def nodes(tmp_path_factory: pytest.TempPathFactory, redis: str) -> Iterator[Node
         serve.start(proxy_location="HeadOnly", http_options=schema["http_options"])
         deploy(schema)
         limits = httpx.Limits(max_connections=None)
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120, limits=limits) as http:
-            service = Service(str(http.base_url), http, folder / "store", folder / "spans.jsonl", config)
+        http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120, limits=limits)
+        with http, closing(Line(port)) as line:
+            service = Service(str(http.base_url), http, line, folder / "store", folder / "spans.jsonl", config)
             yield Nodes(cluster, service, schema)
         serve.shutdown()
         ray.shutdown()

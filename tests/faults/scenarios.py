@@ -16,6 +16,7 @@ import signal
 import struct
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -31,6 +32,7 @@ from tests.deployments.line import Line
 from tests.faults.service import (
     CHUNK_SECONDS,
     REPLICAS,
+    SERVES_OWN,
     Body,
     Service,
     Streamed,
@@ -38,6 +40,7 @@ from tests.faults.service import (
     by_library,
     object_store_bytes,
     processes,
+    running,
     wait_until,
 )
 
@@ -45,7 +48,7 @@ LARGEST = 4  # weights
 SPARE_DESCRIPTORS = 16  # connections to other processes of the cluster, which stay open
 
 NETWORK = "the network"  # between the viewers and the proxy
-CUT_S, SILENT_S = 1.0, 5.0
+CUT_S, PAUSED_S = 1.0, 5.0
 
 Fault = Callable[[Any], None]  # what happens to a process, or to the network
 
@@ -59,11 +62,13 @@ def stopped(process: psutil.Process) -> None:
     process.send_signal(signal.SIGSTOP)
 
 
-def silent(process: psutil.Process) -> None:
-    """Alive and silent, for a while."""
+def paused(process: psutil.Process) -> None:
+    """The same, for a while."""
     process.send_signal(signal.SIGSTOP)
-    time.sleep(SILENT_S)
-    process.send_signal(signal.SIGCONT)
+    try:
+        time.sleep(PAUSED_S)
+    finally:
+        process.send_signal(signal.SIGCONT)
 
 
 def terminated(process: psutil.Process) -> None:
@@ -73,7 +78,7 @@ def terminated(process: psutil.Process) -> None:
 
 def cut(line: Line) -> None:
     """All connections end, and there are no new ones for a while."""
-    line.cut()
+    assert line.cut(), "nobody was connected"
     time.sleep(CUT_S)
     line.mend()
 
@@ -120,16 +125,17 @@ def _beginnings(part: str, names: str) -> list[bytes]:
 @dataclass(frozen=True)
 class Scenario:
     """`row`: of the table of faults in RELIABILITY.md; `role`: who meets the `fault`, one replica of a deployment or
-    `everyone` of it, one of Serve's own, or the network; `part`: what is lost if it was at work, None: nothing is;
-    `cuts`: the viewers' connections, so that they come back; `along`: a deployment that it may cost a replica, too;
-    `from_start`: the fault is done `within_s` after the
-    videos were asked for, else after each has a fragment."""
+    `everyone` of it, one of Serve's own, or the network; `part`: what is lost if it was at work, None: the fault needs
+    no work to show; `lives`: who meets it is not replaced; `cuts`: the viewers' connections, so that they come back;
+    `along`: a deployment that it may cost a replica, too; `from_start`: the fault is done `within_s` after the videos
+    were asked for, else after each has a fragment."""
 
     row: str
     role: str
     fault: Fault
     part: str | None
     everyone: bool = False
+    lives: bool = False
     cuts: bool = False
     along: str | None = None
     videos: int = 8
@@ -168,23 +174,25 @@ SCENARIOS: dict[str, Scenario] = {
     # Ray has the Director wait until the ingress takes its answers: it seems silent itself, and is replaced sooner.
     "the ingress stops": Scenario("R18", "Ingress", stopped, None, cuts=True, along="Director"),
     "Serve's proxy is killed": Scenario("R3", "Proxy", killed, None, cuts=True),
-    "the network is cut": Scenario("R3", NETWORK, cut, None, cuts=True),
+    "the network is cut": Scenario("R3", NETWORK, cut, None, lives=True, cuts=True),
     "Serve's proxy stops": Scenario("R18", "Proxy", stopped, None, cuts=True),
     "Serve's controller is killed": Scenario("R3", "Controller", killed, None),
-    "Serve's controller is silent": Scenario("R18", "Controller", silent, None),
+    "Serve's controller stops for a while": Scenario("R18", "Controller", paused, None, lives=True),
 }
 
 
 @dataclass
 class Trial:
-    """`hit`: the fault met work under way; `streams`, of which so many were `whole`; `pauses_s`: the longest of each
-    between two fragments; `recovered_s`: from the fault until all replicas were there again."""
+    """`hit`: the fault met work under way, where only that shows it; `streams`, of which so many were `whole`, and why
+    others were not (`errors`); `pauses_s`: the longest of each between two fragments; `recovered_s`: from the fault
+    until who met it was gone and all replicas were there, None if it was no replica."""
 
     hit: bool
     streams: int
     whole: int
+    errors: list[str]
     pauses_s: list[float]
-    recovered_s: float
+    recovered_s: float | None
 
 
 def undisturbed(service: Service, scenario: Scenario, videos: int) -> list[float]:
@@ -194,40 +202,61 @@ def undisturbed(service: Service, scenario: Scenario, videos: int) -> list[float
 
 
 def trial(service: Service, scenario: Scenario, seed: int, videos: int) -> Trial:
-    """One trial. Raises AssertionError if something is left behind."""
+    """One trial. Raises AssertionError if something is left behind, or if who met the fault is still there."""
     service.wait_until_whole()
+    global_gc()
     rng = random.Random(f"{scenario.role} {seed}")
     bodies = scenario.bodies(videos)
     expected = [by_library(one) for one in bodies]
-    part, memory = scenario.part, object_store_bytes()
-    before = service.retries(part) if part else 0.0
-    watched = [process for name in REPLICAS if name != scenario.along for process in processes(name)]
-    descriptors = {process.pid: process.num_fds() for process in watched}
+    memory, before = object_store_bytes(), service.retries(scenario.part or "sampler")
+    others = [process for name in REPLICAS if name != scenario.along for process in processes(name)]
+    descriptors = {process.pid: process.num_fds() for process in others}
+    met: list[Any] = []
     began = 0.0
 
     def disturb() -> None:
         nonlocal began
-        victims = [service.line] if scenario.role == NETWORK else processes(scenario.role)
+        victims: list[Any] = [service.line] if scenario.role == NETWORK else processes(scenario.role)
         time.sleep(rng.uniform(0, scenario.within_s))
+        met.extend(victims if scenario.everyone else [rng.choice(victims)])
         began = time.monotonic()
-        for victim in victims if scenario.everyone else [rng.choice(victims)]:
+        for victim in met:
             scenario.fault(victim)
-            if scenario.role in REPLICAS:
-                del descriptors[victim.pid]
+        if not scenario.lives:
+            recovering.append(apart.submit(recovered))
 
-    streams = service.together(bodies, disturb, scenario.from_start, scenario.cuts)
-    hit = service.retries(part) > before if part else True
+    def recovered() -> float:
+        wait_until(lambda: not any(victim.is_running() for victim in met))
+        wait_until(lambda: scenario.role in SERVES_OWN or running(scenario.role))
+        return time.monotonic() - began
+
+    recovering: list[Future[float]] = []
+    with ThreadPoolExecutor(1) as apart:
+        streams = service.together(bodies, disturb, scenario.from_start, scenario.cuts)
+        hit = service.retries(scenario.part) > before if scenario.part else True
+        for victim in met if not hit else ():
+            victim.kill()  # nothing was asked of it that would show what is wrong with it
     service.wait_until_whole()
-    recovered = time.monotonic() - began
+    if scenario.fault is terminated:
+        assert service.retries("sampler") == before, "it did not finish its chunk"
+    for victim in met:
+        if scenario.role in REPLICAS:
+            del descriptors[victim.pid]
     _assert_nothing_is_left(memory, descriptors)
-    whole = sum(one.data == twin for one, twin in zip(streams, expected, strict=True))
-    return Trial(hit, len(streams), whole, [_longest_pause(scenario, one) for one in streams], recovered)
+    return Trial(
+        hit,
+        len(streams),
+        sum(one.data == twin for one, twin in zip(streams, expected, strict=True)),
+        [one.error for one in streams if one.error],
+        [_longest_pause(scenario, one) for one in streams],
+        recovering[0].result() if recovering and scenario.role in REPLICAS else None,
+    )
 
 
 def _longest_pause(scenario: Scenario, streamed: Streamed) -> float:
     """Between two fragments; and before the first, if the fault was done then."""
     times = streamed.arrived if scenario.from_start else streamed.arrived[1:]
-    return max(b - a for a, b in pairwise(times))
+    return max((b - a for a, b in pairwise(times)), default=math.inf)
 
 
 def _assert_nothing_is_left(memory: int, descriptors: dict[int, int]) -> None:

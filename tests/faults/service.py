@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,17 +34,18 @@ SAMPLERS = 2
 AGAIN_S, PATIENCE_S = 0.5, 60.0  # between two tries of a client whose connection broke, and for all that hears nothing
 CHUNK_SECONDS = 0.5  # of sampling, paced: so that a fault finds a sampler in the midst of a chunk
 REPLICAS = {"Sampler": SAMPLERS, "VaeDecoder": 1, "TextEncoder": 1, "Director": 1, "Ingress": 1}
-ACTORS = {"Proxy": "ray::ProxyActor", "Controller": "ray::ServeController"}  # Serve's own
+SERVES_OWN = {"Proxy": "ray::ProxyActor", "Controller": "ray::ServeController"}
 
 Body = dict[str, Any]
 
 
 class Streamed(NamedTuple):
-    """`arrived`: when it was asked for, and when each fragment came; monotonic seconds."""
+    """`arrived`: when it was asked for, and when each fragment came; monotonic seconds. `error`: why nothing came."""
 
     video_id: str
     data: bytes
     arrived: list[float]
+    error: str | None = None
 
 
 @dataclass
@@ -82,7 +83,14 @@ class Service:
         """Streams all at once, for viewers that `come_back` if their connection breaks or for others; `disturb` is
         called when each has its first fragment, or at once."""
         events = [threading.Event() for _ in bodies]
-        see = self.watch if come_back else self.stream
+
+        def see(body: Body, began: threading.Event) -> Streamed:
+            try:
+                return self.watch(body, began) if come_back else self.stream(body, began)
+            except (httpx.HTTPError, AssertionError) as error:
+                began.set()
+                return Streamed("", b"", [], repr(error))
+
         with ThreadPoolExecutor(len(bodies)) as pool:
             streams = [pool.submit(see, body, event) for body, event in zip(bodies, events, strict=True)]
             for event in () if from_start else events:
@@ -170,9 +178,8 @@ def serving(folder: Path, port: int, **settings: Any) -> Iterator[Service]:
     )
     limits = httpx.Limits(max_connections=None)
     with run_service(config) as url, httpx.Client(base_url=url, timeout=120, limits=limits) as http:
-        line = Line(port)
-        yield Service(url, http, line, folder / "store", folder / "spans.jsonl", config)
-        line.close()
+        with closing(Line(port)) as line:
+            yield Service(url, http, line, folder / "store", folder / "spans.jsonl", config)
 
 
 @functools.cache
@@ -213,7 +220,7 @@ def running(deployment: str) -> bool:
 
 def processes(role: str) -> list[psutil.Process]:
     """A deployment's replicas, or Serve's own, of this service: there may be others on the machine."""
-    title = ACTORS.get(role, f"ray::ServeReplica:{APP_NAME}:{role}")
+    title = SERVES_OWN.get(role, f"ray::ServeReplica:{APP_NAME}:{role}")
     found = []
     for process in psutil.Process().children(recursive=True):
         try:

@@ -1,9 +1,10 @@
-"""`make soak MINUTES=30`: videos of all kinds over an S3 store, and a kill every 30 s of whatever comes next.
+"""`make soak MINUTES=30`: videos of all kinds over an S3 store, and a kill every 30 s.
 
 No video may be lost: each that is watched has the bytes that the library makes, over as many connections as it takes,
-and each that nobody watches is completed. What lives on must not grow: the memory and the descriptors of every process
-that was there for half of the time, but for the files that Ray's log monitor has open, and what somebody holds in the
-object store. Prints a JSON document.
+and each that nobody watches is completed. What lives on must not grow: the memory and the descriptors of every process,
+but for the files that Ray's log monitor has open, and what somebody holds in the object store. For half of the time
+those are killed that answer, for the other half those that compute: each process of the others lives through a half,
+and is judged by it. Prints a JSON document.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +34,7 @@ from ray._private.internal_api import global_gc
 from deployments.config import free_port
 from tests.deployments.s3 import S3Server
 from tests.faults.service import (
-    ACTORS,
     AGAIN_S,
-    REPLICAS,
     Body,
     Service,
     body,
@@ -43,10 +43,13 @@ from tests.faults.service import (
     processes,
     rest,
     serving,
+    wait_until,
 )
 
 KILL_EVERY_S, LOOK_EVERY_S = 30.0, 5.0
 USERS = 4
+PARTS = (("Director", "Ingress", "Proxy", "Controller"), ("Sampler", "VaeDecoder", "TextEncoder"))
+LONGEST_S = 180.0  # that a video may take
 MOST_GROWTH = 1.0  # MB a minute, and descriptors a minute
 LOG_MONITOR = "log_monitor.py"  # Ray's: it opens the logs of each process that comes, and closes all of them at 200
 ENDED = ("completed", "cancelled", "failed")
@@ -70,13 +73,15 @@ class User:
             try:
                 if not kind(wanted):
                     self.lost.append(name)
-            except httpx.HTTPStatusError as error:
-                self.lost.append(f"{name}: {error}")
+            except (httpx.HTTPStatusError, AssertionError) as error:
+                self.lost.append(f"{name}: {error!r}")
 
     def _streamed(self, wanted: Body) -> bool:
         """Live; from where it broke off if it did."""
         key, data, video_id = secrets.token_hex(8), b"", None
+        deadline = time.monotonic() + LONGEST_S
         while video_id is None:
+            assert time.monotonic() < deadline, "it was not accepted"
             try:
                 headers = {"Idempotency-Key": key}
                 with self._http.stream("POST", "/v1/videos/stream", json=wanted, headers=headers) as answer:
@@ -109,13 +114,16 @@ class User:
         return video_id
 
     def _ended(self, video_id: str) -> str:
+        deadline = time.monotonic() + LONGEST_S
         while (status := self._asked("GET", f"/v1/videos/{video_id}").json()["status"]) not in ENDED:
+            assert time.monotonic() < deadline, f"{video_id} is {status}"
             time.sleep(AGAIN_S)
         return str(status)
 
     def _asked(self, method: str, path: str, **options: Any) -> httpx.Response:
         """The answer, as soon as there is one that is not of a service that comes back."""
-        while True:
+        deadline = time.monotonic() + LONGEST_S
+        while time.monotonic() < deadline:
             try:
                 answer = self._http.request(method, path, **options)
             except httpx.TransportError:
@@ -124,6 +132,7 @@ class User:
                 if answer.status_code < 500:
                     return answer.raise_for_status()
             time.sleep(AGAIN_S)
+        raise AssertionError(f"{method} {path} was not answered for {LONGEST_S:g} s")
 
 
 class Looks:
@@ -148,11 +157,11 @@ class Looks:
             self._names[process.pid] = " ".join(Path(part).name for part in command[:3])  # of Python, what it runs
 
     def growth(self, seconds: float) -> dict[str, dict[str, float]]:
-        """Of each process that is there at the end and was for half of `seconds`: MB and descriptors a minute, by a
-        straight line through the second half of its life."""
+        """Of each process that is there at the end and was for `seconds`: MB and descriptors a minute, by a straight
+        line through the second half of its life."""
         found = {}
         for pid, rows in self._seen.items():
-            if rows[-1][0] - rows[0][0] < seconds / 2 or not psutil.pid_exists(pid):
+            if rows[-1][0] - rows[0][0] < seconds or not psutil.pid_exists(pid):
                 continue
             times, memory, descriptors = map(np.array, zip(*rows[len(rows) // 2 :], strict=True))
             slopes = [float(np.polyfit(times / 60, values, 1)[0]) for values in (memory, descriptors)]
@@ -161,31 +170,43 @@ class Looks:
 
 
 def soak(service: Service, seconds: float, store: S3Server) -> dict[str, Any]:
-    over, rng, looks, kills = threading.Event(), random.Random(0), Looks(store.pid), Counter[str]()
+    over, rng, kills = threading.Event(), random.Random(0), Counter[str]()
+    growth: dict[str, dict[str, float]] = {}
     service.wait_until_whole()
     global_gc()
     before = object_store_bytes()
     users = [User(service.http, number, over) for number in range(USERS)]
-    end, next_kill = time.monotonic() + seconds, time.monotonic() + KILL_EVERY_S
     with ThreadPoolExecutor(USERS) as pool:
         running = [pool.submit(user.run) for user in users]
         try:
-            while time.monotonic() < end and not any(each.done() for each in running):
-                looks.look()
-                if time.monotonic() >= next_kill:
-                    next_kill += KILL_EVERY_S
-                    name = rng.choice([*REPLICAS, *ACTORS])
-                    if victims := processes(name):  # none, while the last one of it is not back yet
-                        rng.choice(victims).send_signal(signal.SIGKILL)
-                        kills[name] += 1
-                time.sleep(LOOK_EVERY_S)
+            for killed, living in (PARTS, PARTS[::-1]):
+                looks, end, next_kill = (
+                    Looks(store.pid),
+                    time.monotonic() + seconds / 2,
+                    time.monotonic() + KILL_EVERY_S,
+                )
+                while time.monotonic() < end and not any(each.done() for each in running):
+                    looks.look()
+                    if time.monotonic() >= next_kill:
+                        next_kill += KILL_EVERY_S
+                        role = rng.choice(killed)
+                        if victims := processes(role):  # none, while the last one of it is not back yet
+                            rng.choice(victims).send_signal(signal.SIGKILL)
+                            kills[role] += 1
+                    time.sleep(LOOK_EVERY_S)
+                lived = looks.growth(seconds / 2 - 3 * LOOK_EVERY_S)
+                pids = {int(name.split()[-1]) for name in lived}
+                for role in living:
+                    assert all(each.pid in pids for each in processes(role)), f"{role} was replaced and met no fault"
+                growth |= {f"{name}, {', '.join(killed)} killed": own for name, own in lived.items()}
         finally:
             over.set()
         for each in running:
             each.result()
     service.wait_until_whole()
     global_gc()
-    growth = looks.growth(seconds)
+    with suppress(AssertionError):  # told below
+        wait_until(lambda: object_store_bytes() <= before)
     return {
         "minutes": round(seconds / 60, 1),
         "kills": dict(kills),

@@ -1,4 +1,4 @@
-"""Each scenario once, with two videos; `make chaos TRIALS=20` has the eight of each and tells how long they paused."""
+"""Each scenario once, with two videos; `make chaos` has the eight of each and tells how long they paused."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from tests.faults.service import Service
 pytestmark = pytest.mark.ray
 
 VIDEOS = 2
+LONG = {"the ingress stops", "Serve's proxy stops"}  # 20 s of Serve's patience each: left to `make chaos`
 TRIES = 8  # for one in which the fault finds its replica at work
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
-def test_every_stream_ends_on_its_connection_with_the_same_bytes(service: Service, name: str) -> None:
+@pytest.mark.parametrize("name", [name for name in SCENARIOS if name not in LONG])
+def test_every_stream_ends_with_the_same_bytes(service: Service, name: str) -> None:
     for seed in range(TRIES):
         tried = trial(service, SCENARIOS[name], seed, VIDEOS)
-        assert tried.whole == tried.streams, f"seed {seed}"
+        assert tried.whole == tried.streams, f"seed {seed}: {tried.errors}"
         if tried.hit:
             return
     pytest.fail(f"none of {TRIES} faults found its replica at work")
