@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export PROMPT ?= a red sun over a blue sea, drifting left
 
-.PHONY: demo serve test check format figures faults chaos soak fuzz demo-scores fidelity demo-checkpoint manifests sbom autoscaling load plan-check
+.PHONY: demo serve test check lint format figures faults chaos soak fuzz demo-scores fidelity demo-checkpoint manifests sbom autoscaling load plan-check
 
 demo: $(VENV)/run.stamp  ## start the service, stream one video into video.mp4, stop
 	$(BIN)/helios demo "$$PROMPT" -o video.mp4
@@ -15,11 +15,13 @@ test: $(VENV)/dev.stamp  ## all tests: those in one process side by side, then t
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not ray"
 	$(BIN)/python -m pytest -m ray tests/deployments tests/faults
 
-check: $(VENV)/dev.stamp  ## formatting, lint, types, tests
+check: $(VENV)/dev.stamp  ## formatting, lint, types, and beside them the tests
+	$(MAKE) --jobs 2 lint test
+
+lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(MAKE) test
 
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff format .

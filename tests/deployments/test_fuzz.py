@@ -41,7 +41,7 @@ from tests.deployments.listening import listening
 from tests.deployments.test_content import BODY, SIZES, put_video
 from tests.deployments.test_director import ANY, TRACEPARENT
 
-FUZZ = int(os.environ.get("FUZZ", "100"))
+FUZZ = int(os.environ.get("FUZZ", "60"))
 CORPUS = {path.stem: path.read_bytes() for path in sorted((Path(__file__).parent / "corpus").glob("*.http"))}
 SELDOM = ("create-upload", "edit-upload")  # each starts a process to read the file
 INSIDE = re.compile(r'Traceback|File "|\.py\b|Error\(|0x[0-9a-f]{8}')

@@ -70,7 +70,13 @@ class Served:
             return False
 
     def create(self, seed: int) -> str:
-        body = {"prompt": "a red sun over a blue sea", "seconds": CHUNKS * 33 / 24, "seed": seed, "steps": [1, 1, 1]}
+        body = {
+            "prompt": "a red sun over a blue sea",
+            "seconds": CHUNKS * 33 / 24,
+            "size": "64x64",
+            "seed": seed,
+            "steps": [1, 1, 1],
+        }
         answer = self.http.post("/v1/videos", json=body)
         assert answer.status_code == 200, answer.text
         video_id: str = answer.json()["id"]

@@ -196,8 +196,26 @@ def test_a_file_in_another_field(service: Service) -> None:
     assert "a file in the field input_reference" in answer.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("url", ["http://169.254.169.254/latest", "file:///etc/passwd", "data:image/png;base64,AAAA"])
+URLS = [
+    "http://127.0.0.1:{port}/a.png",
+    "http://169.254.169.254/latest",
+    "file:///etc/passwd",
+    "data:image/png;base64,AA",
+]
+
+
+@pytest.mark.parametrize("url", URLS)
 def test_urls_are_not_fetched(service: Service, url: str) -> None:
+    """Nobody comes to where the first one leads, neither before the answer nor after it."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        assert_refused(service, url.format(port=server.getsockname()[1]))
+        assert service.http.get("/v1/videos").status_code == 200  # as time for what might go on behind an answer
+        server.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            server.accept()
+
+
+def assert_refused(service: Service, url: str) -> None:
     bodies: list[dict[str, Any]] = [
         {"json": {**FORM, "input_reference": url}},
         {"json": {**FORM, "input_reference": {"image_url": url}}},
