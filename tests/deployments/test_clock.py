@@ -1,6 +1,6 @@
-"""The wall clock is set, ahead or back, while videos are made: what is made, and how long it may take, is the same.
+"""The wall clock is set, ahead or back, while videos are made: what is made is the same, and no deadline comes sooner.
 
-Ray's own clocks cannot be set here; this is the service in one process, whose every look at the wall clock jumps.
+Ray's clocks cannot be set here; this is the service in one process, in which every look at the wall clock jumps.
 """
 
 from __future__ import annotations
