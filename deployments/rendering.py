@@ -58,8 +58,8 @@ def environment(config: AppConfig) -> dict[str, str]:
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.request_ids.before_serve",
         # A replica that fails its health check hangs in a call: it is not waited for until that ends.
         "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
-        # A proxy that fails three checks in a row is given up: 5 s after it died, or 12 s after it fell silent, in place
-        # of Serve's half minute. It does nothing but relay: no load keeps it from answering for so long.
+        # A proxy that fails three checks in a row is given up: 5 s after it died, or 12 s after it fell silent, and not
+        # after half a minute. It does nothing but relay: no load keeps it from answering for so long.
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
         "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "3",
         # So long a process that is to be killed may end by itself: one that was stopped does not, for Ray's 5 s.
