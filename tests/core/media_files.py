@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import zlib
 from collections.abc import Callable, Sequence
@@ -155,6 +156,8 @@ def video(
                 silence.sample_rate, silence.pts, silence.time_base = 48000, 960 * k, Fraction(1, 48000)
                 container.mux(sound.encode(silence))
             container.mux(sound.encode(None))
+    if codec == "libsvtav1":  # to root's threads that call it, it gives real-time priority, and leaves it with them
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     return sink.getvalue()
 
 
