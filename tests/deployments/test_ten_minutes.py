@@ -32,7 +32,9 @@ WARM = 20  # chunks after which all that is allocated once has been
 WINDOW = 60  # chunks, of which the least counts: a process may be in the midst of one
 EARLY, LATE = range(WARM, WARM + WINDOW), range(CHUNKS - WINDOW, CHUNKS)
 LATENTS = 9 * 16 * 8 * 8 * 4  # bytes of one chunk's at 64x64, the least that one could forget to let go
-BUFFERED = 2 * 60 + 30  # seconds in the browser, ahead and behind, beyond which it drops what is there
+# Seconds in the browser, ahead and behind, beyond which it drops what is there; and what comes, or is played at this
+# speed, between two of its looks (153 were seen in all).
+BUFFERED = 2 * 60 + 30 + 15
 COMPUTING = ("TextEncoder", "Sampler", "VaeDecoder")
 
 
