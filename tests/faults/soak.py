@@ -180,11 +180,8 @@ def soak(service: Service, seconds: float, store: S3Server) -> dict[str, Any]:
         running = [pool.submit(user.run) for user in users]
         try:
             for killed, living in (PARTS, PARTS[::-1]):
-                looks, end, next_kill = (
-                    Looks(store.pid),
-                    time.monotonic() + seconds / 2,
-                    time.monotonic() + KILL_EVERY_S,
-                )
+                looks, began = Looks(store.pid), time.monotonic()
+                end, next_kill = began + seconds / 2, began + KILL_EVERY_S
                 while time.monotonic() < end and not any(each.done() for each in running):
                     looks.look()
                     if time.monotonic() >= next_kill:
