@@ -12,7 +12,8 @@ import pytest
 
 from deployments.drafts import KEY
 from tests.deployments.conftest import serving
-from tests.deployments.test_content import BODY, delete, ended, get
+from tests.deployments.test_content import BODY, delete
+from tests.deployments.test_outages import file
 
 HOUR_S = 3600.0
 FAR_S = 24 * HOUR_S
@@ -29,11 +30,7 @@ async def test_a_clock_that_jumps_changes_nothing_that_is_made(
             assert answer.status_code == 200, answer.text
             return str(answer.json()["id"])
 
-        async def file(video_id: str) -> bytes:
-            assert (await ended(service, video_id)).status == "completed"
-            return (await get(service, video_id)).content
-
-        undisturbed = await file(await create(seed=1))
+        undisturbed = await file(service, await create(seed=1))
         gate = service.graph.gate("sample 1")
         before = await create(seed=1, deadline_s=120)
         await gate.reached.wait()
@@ -43,7 +40,7 @@ async def test_a_clock_that_jumps_changes_nothing_that_is_made(
         assert await create(seed=1, deadline_s=120) == before, "its key is forgotten"
         after = await create(seed=1, deadline_s=121)
         gate.open()
-        assert await file(before) == await file(after) == undisturbed
+        assert await file(service, before) == await file(service, after) == undisturbed
         listed = (await service.http.get("/v1/videos")).json()["data"]
         assert {before, after} <= {video["id"] for video in listed}
         assert (await service.http.get("/metrics")).status_code == 200

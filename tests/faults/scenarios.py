@@ -185,7 +185,7 @@ SCENARIOS: dict[str, Scenario] = {
 class Trial:
     """`hit`: the fault met work under way, where only that shows it; `streams`, of which so many were `whole`, and why
     others were not (`errors`); `pauses_s`: the longest of each between two fragments; `recovered_s`: from the fault
-    until who met it was gone and all replicas were there, None if it was no replica."""
+    until who met it was gone and another one was there, None if who met it lives."""
 
     hit: bool
     streams: int
@@ -227,7 +227,9 @@ def trial(service: Service, scenario: Scenario, seed: int, videos: int) -> Trial
 
     def recovered() -> float:
         wait_until(lambda: not any(victim.is_running() for victim in met))
-        wait_until(lambda: scenario.role in SERVES_OWN or running(scenario.role))
+        wait_until(
+            lambda: len(processes(scenario.role)) == 1 if scenario.role in SERVES_OWN else running(scenario.role)
+        )
         return time.monotonic() - began
 
     recovering: list[Future[float]] = []
@@ -249,7 +251,7 @@ def trial(service: Service, scenario: Scenario, seed: int, videos: int) -> Trial
         sum(one.data == twin for one, twin in zip(streams, expected, strict=True)),
         [one.error for one in streams if one.error],
         [_longest_pause(scenario, one) for one in streams],
-        recovering[0].result() if recovering and scenario.role in REPLICAS else None,
+        recovering[0].result() if recovering else None,
     )
 
 
