@@ -32,6 +32,7 @@ import psutil
 from ray._private.internal_api import global_gc
 
 from deployments.config import free_port
+from deployments.watching import KEPT_BYTES
 from tests.deployments.s3 import S3Server
 from tests.faults.service import (
     AGAIN_S,
@@ -75,6 +76,12 @@ class User:
                     self.lost.append(name)
             except (httpx.HTTPStatusError, AssertionError) as error:
                 self.lost.append(f"{name}: {error!r}")
+
+    def fill(self) -> None:
+        """Watches until the ingress keeps as many fragments as it may."""
+        watched = 0
+        while watched < KEPT_BYTES:
+            watched += sum(map(len, rest(self._http, self._created(body(0, size="640x384")))))
 
     def _streamed(self, wanted: Body) -> bool:
         """Live; from where it broke off if it did."""
@@ -180,6 +187,8 @@ def soak(service: Service, seconds: float, store: S3Server) -> dict[str, Any]:
         running = [pool.submit(user.run) for user in users]
         try:
             for killed, living in (PARTS, PARTS[::-1]):
+                if "Ingress" in living:
+                    users[0].fill()  # else it would grow by that
                 looks, began = Looks(store.pid), time.monotonic()
                 end, next_kill = began + seconds / 2, began + KILL_EVERY_S
                 while time.monotonic() < end and not any(each.done() for each in running):
