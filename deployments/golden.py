@@ -13,13 +13,14 @@ from typing import NoReturn, TypeVar
 import torch
 from torch import Tensor
 
+from deployments.watchdog import Watchdog
 from helios_core.errors import HeliosError, Spoilt
 from helios_core.memory import shortage_told
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-# Of the norm. What rounding does stays far below it, also where a GPU adds up in another order.
+# Of what varies in it. What rounding does stays far below, also where a GPU adds up in another order.
 DIFFERS_AT_MOST = 0.05
 STATUS = 70  # of a process that ends itself: EX_SOFTWARE
 
@@ -27,10 +28,11 @@ STATUS = 70  # of a process that ends itself: EX_SOFTWARE
 class Golden:
     """A small result of fixed inputs, made at the start and made again when something went wrong."""
 
-    def __init__(self, part: str, make: Callable[[], Tensor]) -> None:
-        """`part`: of which a replica this is; `make`: called in the thread that computes. Raises NotFinite if a replica
-        is spoilt from the beginning."""
-        self._part, self._make, self._expected = part, make, make()
+    def __init__(self, part: str, make: Callable[[], Tensor], watchdog: Watchdog) -> None:
+        """`part`: of which a replica this is; `make`: called in the thread that computes, watched by `watchdog`: what
+        failed may hang the next time. Raises NotFinite if a replica is spoilt from the beginning."""
+        self._part, self._make, self._watchdog = part, make, watchdog
+        self._expected = self._watched()
 
     def guard(self, work: Callable[[], T]) -> T:
         """The result of `work`. Called in the thread that computes.
@@ -50,15 +52,19 @@ class Golden:
                 _end_process(f"{self._part}: after {error!r}, {problem}")
             raise
 
+    def _watched(self) -> Tensor:
+        with self._watchdog.watching("golden"):
+            return self._make()
+
     def _problem(self) -> str | None:
         """What is wrong with the golden result; None: nothing."""
         try:
             with shortage_told(self._part):
-                made = self._make().float()
+                made = self._watched().float()
         except Exception as error:  # noqa: BLE001 - whatever it is, this process cannot do what it could do
             return f"the golden result cannot be made any more: {error!r}"
         expected = self._expected.float()
-        difference = float((made - expected).norm() / expected.norm())
+        difference = float((made - expected).norm() / (expected - expected.mean()).norm())
         return None if difference <= DIFFERS_AT_MOST else f"the golden result differs by {difference:.1%}"
 
 

@@ -49,9 +49,9 @@ class Sampler:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sampler")
         self._thread.submit(warm_up_sampler, checkpoint, self._sampler).result()
         golden = partial(golden_latents, checkpoint, self._sampler)
-        self._golden = self._thread.submit(Golden, "sampler", golden).result()
-        self._free = asyncio.Lock()
         self._watchdog = Watchdog(pool.max_call_seconds)
+        self._golden = self._thread.submit(Golden, "sampler", golden, self._watchdog).result()
+        self._free = asyncio.Lock()
 
     def check_health(self) -> None:
         self._watchdog.check()

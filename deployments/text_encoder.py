@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from deployments.config import AppConfig
 from deployments.golden import Golden
 from deployments.logs import log_with_serve, shown
@@ -33,9 +35,9 @@ class TextEncoder:
         self._store = Store(config.store, config.store_patience_s)
         self._tracer = Tracer("text_encoder", config.trace_file)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="text")
-        self._golden = self._thread.submit(Golden, "text_encoder", lambda: self._encoder.encode("a").rows).result()
-        self._log_prompts = config.log_prompts
         self._watchdog = Watchdog(config.text_encoder.max_call_seconds)
+        self._golden = self._thread.submit(Golden, "text_encoder", self._golden_rows, self._watchdog).result()
+        self._log_prompts = config.log_prompts
 
     def check_health(self) -> None:
         self._watchdog.check()
@@ -56,3 +58,6 @@ class TextEncoder:
         begin = time.perf_counter()
         with self._watchdog.watching("encode"):
             return self._encoder.encode(prompt), time.perf_counter() - begin
+
+    def _golden_rows(self) -> Tensor:
+        return self._encoder.encode("a").rows

@@ -55,8 +55,8 @@ class VaeDecoder:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="vae")
         self._thread.submit(warm_up_vae, checkpoint, self._vae).result()
         golden = partial(golden_frames, checkpoint, self._vae)
-        self._golden = self._thread.submit(Golden, "vae_decoder", golden).result()
         self._watchdog = Watchdog(config.vae_decoder.max_call_seconds)
+        self._golden = self._thread.submit(Golden, "vae_decoder", golden, self._watchdog).result()
 
     def check_health(self) -> None:
         self._watchdog.check()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
+import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,6 +21,7 @@ from deployments.sampler import Sampler
 from deployments.store import Store
 from deployments.text_encoder import TextEncoder
 from deployments.vae_decoder import VaeDecoder
+from deployments.watchdog import Overdue
 from helios_core.checkpoints import Checkpoint
 from helios_core.errors import CheckpointError, NotFinite, OutOfMemory
 from helios_core.state import StreamState
@@ -107,6 +111,43 @@ async def test_a_replica_whose_weights_went_bad_ends_itself(
         await parts.make(part)
     (told,) = [record.getMessage() for record in caplog.records if record.levelname == "CRITICAL"]
     assert part in told and "not finite" in told and "the golden result cannot be made" in told
+
+
+@PARTS
+async def test_a_replica_that_computes_something_else_ends_itself_when_anything_fails(
+    parts: Parts, part: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As of a memory that lost a bit of a few weights: all of it is finite."""
+    with torch.no_grad():
+        for parameter in parts.weights[part].parameters():
+            parameter *= 0.8
+    with pytest.raises(Ended, match="70"):
+        getattr(parts, part)._golden.guard(lambda: torch.zeros(-1))
+    (told,) = [record.getMessage() for record in caplog.records if record.levelname == "CRITICAL"]
+    assert part in told and "the golden result differs by" in told
+
+
+@PARTS
+async def test_a_golden_result_that_does_not_come_any_more_is_noticed(parts: Parts, part: str) -> None:
+    """As of a GPU that hangs after a failure."""
+    replica, begun, end = getattr(parts, part), threading.Event(), threading.Event()
+
+    def hangs() -> NoReturn:
+        begun.set()
+        end.wait()
+        raise RuntimeError("CUDA error: the launch timed out")
+
+    replica._golden._make = hangs
+    spoil(parts.weights[part])
+    making = asyncio.ensure_future(parts.make(part))
+    await asyncio.to_thread(begun.wait)
+    replica.check_health()
+    replica._watchdog._clock = lambda: time.monotonic() + 3600
+    with pytest.raises(Overdue):
+        replica.check_health()
+    end.set()
+    with pytest.raises(Ended):
+        await making
 
 
 async def test_bad_inputs_are_not_the_replicas_fault(parts: Parts) -> None:
