@@ -11,7 +11,7 @@ import itertools
 import logging
 import math
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager, nullcontext, suppress
 from functools import partial
@@ -260,7 +260,7 @@ class Maker:
         video."""
         self._graph, self._store, self._tracer, self._term = graph, store, tracer, term
         self._rooms, self._turns, self._metrics, self._keep_all_states = rooms, turns, metrics, keep_all_states
-        self._suspects = asyncio.Lock()
+        self._suspects: defaultdict[tuple[str, str], asyncio.Lock] = defaultdict(asyncio.Lock)  # by model and part
 
     async def make(self, video: RunningVideo) -> None:
         """All chunks. If an input is lost on the way, again from the last commit, with what the store has.
@@ -333,7 +333,7 @@ class Maker:
 
         async def attempt(number: int) -> Ref:
             call = video.call(number)
-            async with self._alone(number):
+            async with self._alone(video, "vae_decoder", number):
                 with self._losses(video, "vae_decoder", "encode input", call):
                     state, seconds = await self._graph.encode_media(call, record.spec, media)
             self._metrics.encoded_media(seconds)
@@ -346,7 +346,7 @@ class Maker:
         if prompt in video.texts:
             return
         call = video.call(number)
-        async with self._alone(number):
+        async with self._alone(video, "text_encoder", number):
             with self._losses(video, "text_encoder", "encode prompt", call):
                 text, encoded = await self._graph.encode(call, video.request.spec.model, prompt)
         self._metrics.encoded_text(encoded.seconds)
@@ -464,7 +464,7 @@ class Maker:
         async def attempt(number: int) -> Rendered:
             call = video.call(number, chunk)
             try:
-                async with self._alone(number):
+                async with self._alone(video, "vae_decoder", number):
                     with self._losses(video, "vae_decoder", "render", call):
                         rendered = await self._graph.render(call, video.request.spec, self._term, state, sampled)
             except Unsafe as error:
@@ -519,11 +519,11 @@ class Maker:
         self._metrics.retried(error.part, _reason(error))
         await asyncio.sleep(pause)
 
-    def _alone(self, number: int) -> AbstractAsyncContextManager[Any]:
+    def _alone(self, video: RunningVideo, part: str, number: int) -> AbstractAsyncContextManager[Any]:
         """Around the time `number` of trying a call to a replica that takes several at once: of those that were lost
         before, one at a time. Else what kills replicas takes the same neighbour along each time, and both are given up.
         """
-        return self._suspects if number else nullcontext()
+        return self._suspects[video.request.spec.model, part] if number else nullcontext()
 
     @contextmanager
     def _losses(self, video: RunningVideo, part: str, name: str, call: Call) -> Iterator[None]:

@@ -502,6 +502,21 @@ async def test_what_kills_replicas_takes_no_neighbour_along_twice(rig: Rig, poin
     assert [record.status for record in others] == ["completed"] * len(neighbours)
 
 
+async def test_a_retry_waits_for_no_other_part(rig: Rig) -> None:
+    """While a text encoder is long in coming back, a VAE decoder's work is made again."""
+    killed = rig.graph.gate("encode", "first")
+    rig.graph.losses["first", "encode"] = [ReplicaLost("killed")]
+    first = await rig.create(prompt="first")
+    await killed.reached.wait()
+    back = rig.graph.gates["first", "encode"] = Gate()
+    killed.open()
+    await back.reached.wait()
+    rig.graph.losses[PROMPT, "render 0"] = [ReplicaLost("killed")]
+    assert (await rig.ended(await rig.create())).status == "completed"
+    back.open()
+    assert (await rig.ended(first)).status == "completed"
+
+
 async def test_where_there_is_no_sampler_a_video_waits_and_is_counted_as_wanting_one(rig: Rig) -> None:
     rig.graph.at_once = 0
     video_id = await rig.create(chunks=1)
