@@ -40,7 +40,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ServeDeploySchema
 
 from deployments.making import InputLost, ReplicaLost
-from helios_core.errors import HeliosError
+from helios_core.errors import HeliosError, OutOfMemory
 
 logger = logging.getLogger(__name__)
 
@@ -202,7 +202,7 @@ async def kill_silent(handles: Sequence[DeploymentHandle]) -> None:
         answered, _ = await asyncio.gather(asked, asyncio.sleep(ASKED_EVERY_S))
         silences = Counter({own: silences[own] + 1 for own, well in zip(actors, answered, strict=True) if not well})
         for own, times in silences.items():
-            if times == SILENT:
+            if times >= SILENT:
                 logger.error("replica %s answered nothing for %g s: killed", own.hex(), SILENT * ASKED_EVERY_S)
                 ray.kill(actors[own])
 
@@ -232,7 +232,8 @@ def log_folder() -> str:
 def errors_told_apart() -> Iterator[None]:
     """The one place where it is decided what a failed call means, and so whether it may be made again.
 
-    HeliosError: an error of our own, as it was raised in the replica. Never again.
+    HeliosError: an error of our own, as it was raised in the replica; OutOfMemory also for a MemoryError outside of
+    what computes.
     ReplicaLost: the replica died or was taken away; its inputs are sound. Again, with the same.
     InputLost: a reference among the arguments leads nowhere. Again, with inputs from the store.
     asyncio.CancelledError: our own caller was cancelled. Anything else is a bug, and leaves as Ray raised it.
@@ -252,6 +253,8 @@ def errors_told_apart() -> Iterator[None]:
     except RayTaskError as error:
         if isinstance(error.cause, HeliosError):
             raise error.cause from None
+        if isinstance(error.cause, MemoryError):
+            raise OutOfMemory(_first_line(error) or "no memory is left") from error
         raise
     except RayServeException as error:
         if isinstance(error.__cause__, (RayTaskError, RayActorError, ObjectLostError)):

@@ -25,7 +25,7 @@ from deployments import ray_calls
 from deployments.director import NoSuchVideo
 from deployments.making import InputLost, ReplicaLost
 from deployments.ray_calls import answers_strangers, call, call_by_reference, call_to_its_end, live_replicas
-from helios_core.errors import HeliosError, InvalidInput
+from helios_core.errors import HeliosError, InvalidInput, OutOfMemory
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.ray]
 
@@ -303,6 +303,12 @@ async def test_foreign_errors_arrive_as_those_of_ray(parts: Parts, fails: Any) -
     with pytest.raises(RayTaskError, match="an inner detail") as caught:
         await fails(parts.first, ValueError("an inner detail"))
     assert isinstance(caught.value.cause, ValueError)
+
+
+@failing
+async def test_a_shortage_of_memory_is_an_error_of_ours(parts: Parts, fails: Any) -> None:
+    with pytest.raises(OutOfMemory, match="no memory is left"):
+        await fails(parts.first, MemoryError())
 
 
 @failing
