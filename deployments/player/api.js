@@ -1,6 +1,7 @@
 // The service's HTTP API: JSON in, JSON out, and its errors with the field that they are about.
 
 const BASE = new URL("v1/", document.baseURI);
+const AGAIN_MS = 1000;
 
 /** An answer that is no success. `param`: the field at fault, if there is one; `status`: 0 if nothing answered. */
 export class ApiError extends Error {
@@ -42,24 +43,36 @@ export async function call(method, path, body) {
   const answer = await response.json().catch(() => ({}));
   if (answer.error?.code === "unauthorized" || answer.error?.code === "forbidden") heard.dispatchEvent(new Event("keyless"));
   if (!response.ok) {
-    throw new ApiError(response.status, answer.error ?? { message: `the service answered with ${response.status}` });
+    // Without an error of the service's it was what stands before it, which knows of no video, whatever it says.
+    const status = answer.error ? response.status : 0;
+    throw new ApiError(status, answer.error ?? { message: `the service answered with ${response.status}` });
   }
   return answer;
 }
 
 /**
- * Tells what happens to a video, from its first chunk on, until it has ended or `signal` says so. The browser comes back
- * by itself after a lost connection, with the last id, so nothing is told twice.
+ * Tells what happens to a video, from its first chunk on, until it has ended or `signal` says so, and nothing twice. The
+ * browser comes back by itself after a lost connection, and gives up where another answer comes, as of what stands before
+ * a service that is being replaced: then we come back.
  * `handlers`: event's name ▸ what to do with its data.
  */
 export function follow(video, handlers, signal) {
-  const source = new EventSource(mediaOf(video, "events"));
-  signal.addEventListener("abort", () => source.close());
-  for (const [name, handle] of Object.entries(handlers)) {
-    source.addEventListener(name, (event) => {
-      if (event.data === undefined) return; // the browser's own `error`, of a connection
-      if (name === "done" || name === "error") source.close();
-      handle(JSON.parse(event.data));
-    });
-  }
+  const told = new Set(); // ids of events
+  const open = () => {
+    if (signal.aborted) return;
+    const source = new EventSource(mediaOf(video, "events"));
+    signal.addEventListener("abort", () => source.close());
+    for (const [name, handle] of Object.entries(handlers)) {
+      source.addEventListener(name, (event) => {
+        if (event.data === undefined) { // the browser's own `error`, of a connection
+          if (source.readyState === EventSource.CLOSED) setTimeout(open, AGAIN_MS);
+        } else if (!told.has(event.lastEventId)) {
+          told.add(event.lastEventId);
+          if (name === "done" || name === "error") source.close();
+          handle(JSON.parse(event.data));
+        }
+      });
+    }
+  };
+  open();
 }

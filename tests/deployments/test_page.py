@@ -8,12 +8,13 @@ import base64
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import av
 import httpx
 import numpy as np
 import pytest
-from playwright.sync_api import Browser, expect
+from playwright.sync_api import Browser, Route, expect
 
 from deployments.config import AppConfig
 from deployments.service import run_service
@@ -112,6 +113,29 @@ def test_a_line_that_is_cut_loses_nothing(enter: Enter, url: str) -> None:
         line.mend()
         assert viewer.to_the_end() == 5 * CHUNK_FRAMES
         expect(viewer.state).to_have_text("Whole.")
+
+
+def test_what_stands_before_the_service_answers_in_its_place(enter: Enter) -> None:
+    """As HAProxy does when it has been replaced, before it has heard of the service."""
+    viewer = enter()
+    viewer.allowed = "status of 404"
+    answered: list[str] = []
+
+    def first(route: Route) -> None:
+        what = urlsplit(route.request.url).path.rpartition("/")[2]
+        if what in answered or (what.startswith("video_") and viewer.page.get_by_role("status").count() == 0):
+            route.fallback()
+        else:
+            answered.append(what)
+            route.fulfill(status=404, content_type="text/plain", body="Path not found.")
+
+    viewer.page.route("**/v1/videos/video_*", first)
+    viewer.page.route("**/v1/videos/video_*/*", first)
+    viewer.make(Seconds=str(3 * CHUNK))
+    viewer.until(VIDEO)
+    assert viewer.to_the_end() == 3 * CHUNK_FRAMES
+    expect(viewer.state).to_have_text("Whole.")
+    assert {"events", "content"} < set(answered) and len(answered) >= 3
 
 
 def test_two_watch_one_video(enter: Enter) -> None:
