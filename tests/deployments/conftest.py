@@ -39,7 +39,11 @@ class Served:
 def shared_service(tmp_path_factory: pytest.TempPathFactory, shared_ray: int) -> Iterator[Served]:
     """The stand-in with random weights in real processes, of which each start takes 10 s."""
     store = tmp_path_factory.mktemp("store")
-    config = AppConfig(store=str(store), port=shared_ray).override(uploads={"max_bytes": MAX_UPLOAD_BYTES})
+    settings = {
+        "uploads": {"max_bytes": MAX_UPLOAD_BYTES},
+        "safety": {"hook": "tests.deployments.moderation:Moderation"},
+    }
+    config = AppConfig(store=str(store), port=shared_ray).override(**settings)
     with run_service(config.with_model("random")) as url:
         yield Served(url, store)
 

@@ -28,6 +28,7 @@ from helios_core.helios import Helios
 from helios_core.media.fragments import encode_fragment
 from tests.deployments.boxes import read_boxes, reader
 from tests.deployments.conftest import Served
+from tests.deployments.moderation import BLOCKED_CHUNK, BLOCKED_SIZE
 
 pytestmark = pytest.mark.ray
 
@@ -124,6 +125,20 @@ def test_service_and_command_line_make_the_same_video_of_an_upload(http: httpx.C
     options = ["-o", "cli.mp4", "--seconds", "2.5", "--seed", "11", "--preset", "realtime", f"--{kind}", file]
     subprocess.run([*GENERATE, *options], check=True, capture_output=True)
     assert Path("cli.mp4").read_bytes() == by_service
+
+
+def test_what_the_safety_hook_blocks_is_not_made_or_not_shown(http: httpx.Client) -> None:
+    refused = http.post("/v1/videos", json={"prompt": "blood on the snow"})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (422, "content_blocked")
+    body = {"prompt": PROMPT, "seconds": 3 * CHUNK_FRAMES / 24, "size": BLOCKED_SIZE}
+    seen = b""
+    with http.stream("POST", "/v1/videos/stream", json=body) as live, pytest.raises(httpx.RemoteProtocolError):
+        for part in live.iter_raw():
+            seen += part
+    video_id = live.headers["x-video-id"]
+    assert http.get(f"/v1/videos/{video_id}").json()["error"]["code"] == "content_blocked"
+    assert [kind for kind, _ in read_boxes(reader([seen]))].count("mdat") == BLOCKED_CHUNK
+    assert http.get(f"/v1/videos/{video_id}/content?partial=true").content == seen
 
 
 def test_created_videos_are_made_unwatched(http: httpx.Client) -> None:
