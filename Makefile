@@ -28,7 +28,7 @@ format: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix .
 
 faults: $(VENV)/dev.stamp  ## ten times the restarts and cancels, slow viewers for a minute, a store away for half of one
-	TRIALS=10 STALL_SECONDS=60 $(BIN)/python -m pytest --timeout 3600 tests/faults/test_faults.py $(addprefix tests/deployments/test_,restart.py slow_viewers.py)
+	TRIALS=10 STALL_SECONDS=60 $(BIN)/python -m pytest --timeout 3600 tests/faults/test_faults.py $(addprefix tests/deployments/test_,restart.py haproxy.py)
 	OUTAGE_S=30 $(BIN)/python -m pytest --timeout 3600 tests/deployments/test_outages.py
 
 chaos: $(VENV)/dev.stamp  ## every scenario of faults TRIALS times, with eight videos: RELIABILITY.md's table; 20 take 2 hours

@@ -171,13 +171,14 @@ def test_running_videos_do_not_notice_that_the_gcs_dies(nodes: Nodes) -> None:
 
 
 def test_a_node_that_dies_costs_no_frame(nodes: Nodes) -> None:
+    before = nodes.service.lost("sampler")
     with nodes.videos(4):
         node = nodes.worker()
         wait_until(lambda: len(nodes.where()) == 2 and nodes.samplers() == MOST)
         raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
         for process in [raylet, *raylet.children(recursive=True)]:
             process.send_signal(signal.SIGKILL)
-        wait_until(lambda: nodes.service.lost("sampler") > 0)
+        wait_until(lambda: nodes.service.lost("sampler") > before)
         nodes.committed(8)
     nodes.cluster.remove_node(node, allow_graceful=False)
 

@@ -8,15 +8,19 @@ no replica too many or too few, nothing under way, no descriptor, no bytes in th
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
+import os
 import random
 import resource
 import signal
 import struct
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -24,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import ray
 from ray._private.internal_api import global_gc, memory_summary
 from safetensors import safe_open
 
@@ -41,6 +46,7 @@ from tests.faults.service import (
     object_store_bytes,
     processes,
     running,
+    serve_actors,
     wait_until,
 )
 
@@ -49,6 +55,7 @@ SPARE_DESCRIPTORS = 16  # connections to other processes of the cluster, which s
 
 NETWORK = "the network"  # between the viewers and the proxy
 CUT_S, PAUSED_S = 1.0, 5.0
+PTRACE_SEIZE, PTRACE_INTERRUPT, WALL = 0x4206, 0x4207, 0x40000000  # of Linux, see ptrace(2)
 
 Fault = Callable[[Any], None]  # what happens to a process, or to the network
 
@@ -74,6 +81,32 @@ def paused(process: psutil.Process) -> None:
 def terminated(process: psutil.Process) -> None:
     """As by a node that is drained."""
     process.send_signal(signal.SIGTERM)
+
+
+def hung(process: psutil.Process) -> None:
+    """The thread that computes stands still, as if a kernel of its GPU did not end; the process goes on answering."""
+
+    def computing(_: object) -> tuple[int, list[int]]:
+        threads = [thread.native_id for thread in threading.enumerate() if thread.name.startswith("sampler")]
+        return os.getpid(), threads
+
+    there = ray.get([actor.__ray_call__.remote(computing) for actor in serve_actors().values()])
+    (thread,) = dict(there)[process.pid]
+    stands = threading.Event()
+    threading.Thread(target=_hold, args=(thread, stands.set), daemon=True).start()
+    assert stands.wait(PAUSED_S), f"thread {thread} of {process} could not be stopped"
+
+
+def _hold(thread: int, holds: Callable[[], None]) -> None:
+    """Stops one thread of another process until that one is killed. Linux lets it go when this thread ends."""
+    ptrace = ctypes.CDLL(None, use_errno=True).ptrace
+    for request in (PTRACE_SEIZE, PTRACE_INTERRUPT):
+        if ptrace(ctypes.c_long(request), thread, None, None):
+            raise OSError(ctypes.get_errno(), "ptrace")
+    _, status = os.waitpid(thread, WALL)
+    holds()
+    while os.WIFSTOPPED(status):
+        _, status = os.waitpid(thread, WALL)
 
 
 def cut(line: Line) -> None:
@@ -126,15 +159,16 @@ def _beginnings(part: str, names: str) -> list[bytes]:
 class Scenario:
     """`row`: of the table of faults in RELIABILITY.md; `role`: who meets the `fault`, one replica of a deployment or
     `everyone` of it, one of Serve's own, or the network; `part`: what is lost if it was at work, None: the fault needs
-    no work to show; `lives`: who meets it is not replaced; `cuts`: the viewers' connections, so that they come back;
-    `along`: a deployment that it may cost a replica, too; `from_start`: the fault is done `within_s` after the videos
-    were asked for, else after each has a fragment."""
+    no work to show; `finishes`: nothing of it is lost; `lives`: who meets the fault is not replaced; `cuts`: the
+    viewers' connections, so that they come back; `along`: a deployment that it may cost a replica, too; `from_start`:
+    the fault is done `within_s` after the videos were asked for, else after each has a fragment."""
 
     row: str
     role: str
     fault: Fault
     part: str | None
     everyone: bool = False
+    finishes: bool = False
     lives: bool = False
     cuts: bool = False
     along: str | None = None
@@ -166,9 +200,21 @@ SCENARIOS: dict[str, Scenario] = {
         "R10", "VaeDecoder", partial(spoilt, "vae", "decoder."), "vae_decoder"
     ),
     "one sampler gets no more memory": Scenario("R11", "Sampler", short_of_memory, "sampler"),
-    "one sampler is told to end": Scenario("R14", "Sampler", terminated, None),  # it ends after its chunk
+    "one sampler is told to end": Scenario("R14", "Sampler", terminated, "sampler", finishes=True),
+    "the VAE decoder is told to end": Scenario(
+        "R14", "VaeDecoder", terminated, "vae_decoder", finishes=True, chunks=4, settings=LARGE
+    ),
+    "the text encoder is told to end": Scenario(
+        "R14", "TextEncoder", terminated, "text_encoder", finishes=True, chunks=1, settings=LONG, from_start=True
+    ),
+    "the Director is told to end": Scenario("R14", "Director", terminated, None),
+    "the ingress is told to end": Scenario("R14", "Ingress", terminated, None, cuts=True),
     "one sampler stops": Scenario("R18", "Sampler", stopped, "sampler"),
+    "one sampler's work hangs": Scenario("R18", "Sampler", hung, "sampler"),
     "the VAE decoder stops": Scenario("R18", "VaeDecoder", stopped, "vae_decoder", chunks=4, settings=LARGE),
+    "the text encoder stops": Scenario(
+        "R18", "TextEncoder", stopped, "text_encoder", chunks=1, settings=LONG, from_start=True, within_s=0.1
+    ),
     "the Director stops": Scenario("R18", "Director", stopped, None),
     "the ingress is killed": Scenario("R3", "Ingress", killed, None, cuts=True),
     # Ray has the Director wait until the ingress takes its answers: it seems silent itself, and is replaced sooner.
@@ -185,7 +231,7 @@ SCENARIOS: dict[str, Scenario] = {
 class Trial:
     """`hit`: the fault met work under way, where only that shows it; `streams`, of which so many were `whole`, and why
     others were not (`errors`); `pauses_s`: the longest of each between two fragments; `recovered_s`: from the fault
-    until who met it was gone and another one was there, None if who met it lives."""
+    until who met it was gone and another one was there, None if who met it lives; `left`: what was wrong afterwards."""
 
     hit: bool
     streams: int
@@ -193,6 +239,11 @@ class Trial:
     errors: list[str]
     pauses_s: list[float]
     recovered_s: float | None
+    left: str | None
+
+    @property
+    def good(self) -> bool:
+        return self.whole == self.streams and self.left is None
 
 
 def undisturbed(service: Service, scenario: Scenario, videos: int) -> list[float]:
@@ -202,13 +253,13 @@ def undisturbed(service: Service, scenario: Scenario, videos: int) -> list[float
 
 
 def trial(service: Service, scenario: Scenario, seed: int, videos: int) -> Trial:
-    """One trial. Raises AssertionError if something is left behind, or if who met the fault is still there."""
     service.wait_until_whole()
     global_gc()
     rng = random.Random(f"{scenario.role} {seed}")
     bodies = scenario.bodies(videos)
     expected = [by_library(one) for one in bodies]
-    memory, before = object_store_bytes(), service.retries(scenario.part or "sampler")
+    part = scenario.part or "sampler"
+    memory, before = object_store_bytes(), service.retries(part)
     others = [process for name in REPLICAS if name != scenario.along for process in processes(name)]
     descriptors = {process.pid: process.num_fds() for process in others}
     met: list[Any] = []
@@ -227,31 +278,36 @@ def trial(service: Service, scenario: Scenario, seed: int, videos: int) -> Trial
 
     def recovered() -> float:
         wait_until(lambda: not any(victim.is_running() for victim in met))
-        wait_until(
-            lambda: len(processes(scenario.role)) == 1 if scenario.role in SERVES_OWN else running(scenario.role)
-        )
+        wait_until(lambda: len(processes(scenario.role)) == REPLICAS.get(scenario.role, 1))
+        wait_until(lambda: scenario.role in SERVES_OWN or running(scenario.role))
         return time.monotonic() - began
 
     recovering: list[Future[float]] = []
     with ThreadPoolExecutor(1) as apart:
         streams = service.together(bodies, disturb, scenario.from_start, scenario.cuts)
-        hit = service.retries(scenario.part) > before if scenario.part else True
+        needs_work = scenario.part is not None and not scenario.finishes
+        hit = not needs_work or service.retries(part) > before
         for victim in met if not hit else ():
-            victim.kill()  # nothing was asked of it that would show what is wrong with it
-    service.wait_until_whole()
-    if scenario.fault is terminated:
-        assert service.retries("sampler") == before, "it did not finish its chunk"
-    for victim in met:
-        if scenario.role in REPLICAS:
-            del descriptors[victim.pid]
-    _assert_nothing_is_left(memory, descriptors)
+            with suppress(psutil.NoSuchProcess):
+                victim.kill()  # nothing was asked of it that would show what is wrong with it
+    for victim in met if scenario.role in REPLICAS else ():
+        del descriptors[victim.pid]
+    recovered_s = left = None
+    try:
+        service.wait_until_whole()
+        assert not scenario.finishes or service.retries(part) == before, "it did not finish what it was at"
+        recovered_s = recovering[0].result() if recovering else None
+        _assert_nothing_is_left(memory, descriptors)
+    except AssertionError as error:
+        left = str(error)
     return Trial(
         hit,
         len(streams),
         sum(one.data == twin for one, twin in zip(streams, expected, strict=True)),
         [one.error for one in streams if one.error],
         [_longest_pause(scenario, one) for one in streams],
-        recovering[0].result() if recovering else None,
+        recovered_s,
+        left,
     )
 
 

@@ -32,9 +32,10 @@ from tests.deployments.line import Line
 
 SAMPLERS = 2
 AGAIN_S, PATIENCE_S = 0.5, 60.0  # between two tries of a client whose connection broke, and for all that hears nothing
+LONGEST_CHUNK_S = 30.0  # after which a replica that has made none like it is taken to hang
 CHUNK_SECONDS = 0.5  # of sampling, paced: so that a fault finds a sampler in the midst of a chunk
 REPLICAS = {"Sampler": SAMPLERS, "VaeDecoder": 1, "TextEncoder": 1, "Director": 1, "Ingress": 1}
-SERVES_OWN = {"Proxy": "ray::ProxyActor", "Controller": "ray::ServeController"}
+SERVES_OWN = {"Proxy": "ray::ProxyActor", "Controller": "ray::ServeController", "HAProxy": "haproxy"}
 
 Body = dict[str, Any]
 
@@ -154,8 +155,8 @@ def rest(http: httpx.Client, video_id: str, have: int = 0) -> Iterator[bytes]:
                     for part in answer.iter_raw():
                         have, heard = have + len(part), time.monotonic()
                         yield part
-                elif answer.status_code < 500:
-                    answer.read()
+                elif answer.status_code < 500 and answer.headers["content-type"] == "application/json":
+                    answer.read()  # the service's own; not of a HAProxy that has not heard of the service yet
                     answer.raise_for_status()
         except httpx.TransportError:
             pass
@@ -171,7 +172,12 @@ def body(seed: int, chunks: int = 6, **settings: Any) -> Body:
 @contextmanager
 def serving(folder: Path, port: int, **settings: Any) -> Iterator[Service]:
     """A service on the stand-in with random weights, whose chunks are paced. It joins the Ray that there is."""
-    sampler = {"min_replicas": SAMPLERS, "max_replicas": SAMPLERS, "min_chunk_seconds": CHUNK_SECONDS}
+    sampler = {
+        "min_replicas": SAMPLERS,
+        "max_replicas": SAMPLERS,
+        "min_chunk_seconds": CHUNK_SECONDS,
+        "max_call_seconds": LONGEST_CHUNK_S,
+    }
     common = {"store": str(folder / "store"), "testing": True, "store_patience_s": 2.0, "torch_threads": 1}
     config = AppConfig(port=port, trace_file=str(folder / "spans.jsonl")).override(
         models=[{"model": "random", "sampler": sampler}], **{**common, **settings}
@@ -224,7 +230,7 @@ def processes(role: str) -> list[psutil.Process]:
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
-            if any(part.startswith(title) for part in process.cmdline()):
+            if any(Path(part).name.startswith(title) for part in process.cmdline()):
                 found.append(process)
         except psutil.NoSuchProcess:
             pass  # it ended while we looked

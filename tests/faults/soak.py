@@ -92,7 +92,7 @@ class User:
             try:
                 headers = {"Idempotency-Key": key}
                 with self._http.stream("POST", "/v1/videos/stream", json=wanted, headers=headers) as answer:
-                    if answer.status_code == 503:
+                    if answer.status_code >= 500:  # Serve's proxy says 500 for an ingress that died over it
                         time.sleep(AGAIN_S)
                         continue
                     answer.raise_for_status()

@@ -136,7 +136,7 @@ def component(span: dict[str, Any]) -> str:
 # A video that kills
 
 
-def test_a_video_that_kills_its_samplers_is_given_up_and_the_others_are_not(service: Service) -> None:
+def test_a_video_that_kills_its_samplers_is_given_up(service: Service) -> None:
     """Whoever takes it dies, three times. (That neighbours on a replica come through: test_director.py.)"""
     video_id = service.http.post("/v1/videos", json=body(1, chunks=40)).raise_for_status().json()["id"]
     killed: set[int] = set()

@@ -14,7 +14,12 @@ VIDEOS = 2
 LEFT = {
     "one sampler is killed, another is idle",
     "all samplers are killed",
+    "the VAE decoder is told to end",
+    "the text encoder is told to end",
+    "the ingress is told to end",
+    "one sampler's work hangs",
     "the VAE decoder stops",
+    "the text encoder stops",
     "the ingress stops",
     "Serve's proxy stops",
 }
@@ -25,7 +30,7 @@ TRIES = 8  # for one in which the fault finds its replica at work
 def test_every_stream_ends_with_the_same_bytes(service: Service, name: str) -> None:
     for seed in range(TRIES):
         tried = trial(service, SCENARIOS[name], seed, VIDEOS)
-        assert tried.whole == tried.streams, f"seed {seed}: {tried.errors}"
+        assert tried.good, f"seed {seed}: {tried.errors or tried.left}"
         if tried.hit:
             return
     pytest.fail(f"none of {TRIES} faults found its replica at work")

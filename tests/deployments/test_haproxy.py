@@ -1,4 +1,5 @@
-"""Viewers who stop reading, behind HAProxy: they wait alone, and what is held for them is bounded.
+"""Behind HAProxy, as clusters have it: viewers who stop reading wait alone, what is held for them is bounded, and in
+the end they are cut off; those whose HAProxy is killed come back.
 
 The bound: for each viewer the ingress holds the piece of 256 KB that it is sending, and its copies on the way to the
 socket: 2 MB at most, whatever the size of fragments; and for all viewers of running videos together, 64 MB of fragments
@@ -17,18 +18,16 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
+from contextlib import suppress
 
-import httpx
 import pytest
 
-from deployments.config import AppConfig, free_port
+from deployments.config import free_port
 from deployments.records import ChunkRecord, Timings, VideoRecord, VideoRequestRecord
-from deployments.service import run_service
 from deployments.store import Store, new_video_id
 from helios_core.spec import VideoSpec
-from tests.faults.service import body, processes
+from tests.faults.scenarios import Scenario, killed, trial
+from tests.faults.service import CHUNK_SECONDS, Service, body, ongoing_requests, processes, serving, wait_until
 
 pytestmark = pytest.mark.ray
 
@@ -36,28 +35,14 @@ VIEWERS = 16
 FRAGMENTS, FRAGMENT_BYTES = 48, 2**20
 BOUND = 2 * 2**20  # bytes
 STALL_SECONDS = float(os.environ.get("STALL_SECONDS", "15"))
-CHUNK_SECONDS = 0.5
-
-
-@dataclass
-class Service:
-    url: str
-    http: httpx.Client
-    store: str
+IDLE_SECONDS = round(1.5 * STALL_SECONDS) + 5  # for which viewers may stall
 
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    config = AppConfig(
-        store=str(tmp_path_factory.mktemp("store")),
-        port=free_port(),
-        testing=True,
-        torch_threads=1,
-        haproxy=True,
-        insecure=True,
-    ).override(models=[{"model": "random", "sampler": {"min_chunk_seconds": CHUNK_SECONDS}}])
-    with run_service(config) as url, httpx.Client(base_url=url, timeout=120) as http:
-        yield Service(url, http, config.store)
+    settings = {"haproxy": True, "insecure": True, "idle_seconds": IDLE_SECONDS}
+    with serving(tmp_path_factory.mktemp("service"), free_port(), **settings) as service:
+        yield service
 
 
 async def store_large_video(url: str) -> VideoRecord:
@@ -108,7 +93,7 @@ def ingress_memory() -> int:
 
 
 def test_viewers_who_stop_reading_harm_nobody(service: Service) -> None:
-    record = asyncio.run(store_large_video(service.store))
+    record = asyncio.run(store_large_video(service.config.store))
     chunks = round(STALL_SECONDS / CHUNK_SECONDS)
     # The live one: watched by somebody who reads and by somebody who does not, all the while.
     created = service.http.post("/v1/videos", json=body(1, chunks=chunks)).json()
@@ -133,7 +118,7 @@ def test_viewers_who_stop_reading_harm_nobody(service: Service) -> None:
 
     status = service.http.get(f"/v1/videos/{created['id']}").json()
     assert (status["status"], status["usage"]["chunks"]) == ("completed", chunks)
-    starts = [chunk.timings.sample_started_at for chunk in stored(service, created["id"]).chunks]
+    starts = [chunk.timings.sample_started_at for chunk in service.record(created["id"]).chunks]
     assert starts == sorted(starts) and data == service.http.get(live).content
     assert peak - before < VIEWERS * BOUND  # they asked for 24 times as much
 
@@ -145,8 +130,23 @@ def test_viewers_who_stop_reading_harm_nobody(service: Service) -> None:
         part = viewers[0].recv(2**20)
         assert part, f"cut off after {read} bytes"
         read += len(part)
+    # The others are cut off, and nothing goes on for them.
+    wait_until(lambda: not any(ongoing_requests().values()))
+    for viewer in viewers[1:VIEWERS]:
+        viewer.settimeout(60)
+        read = 0
+        with suppress(ConnectionResetError):
+            while part := viewer.recv(2**20):
+                read += len(part)
+        assert read < size / 2
     for viewer in viewers:
         viewer.close()
+
+
+def test_haproxy_is_killed(service: Service) -> None:
+    """Serve starts another one; viewers come back."""
+    tried = trial(service, Scenario("R3", "HAProxy", killed, None, cuts=True), seed=0, videos=2)
+    assert tried.good, tried.errors or tried.left
 
 
 def test_headers_without_an_end_are_refused(service: Service) -> None:
@@ -155,7 +155,3 @@ def test_headers_without_an_end_are_refused(service: Service) -> None:
     with socket.create_connection((host, int(port)), timeout=30) as client:
         client.sendall(b"GET /healthz HTTP/1.1\r\nHost: helios\r\nX-Long: " + b"a" * 2**15)
         assert client.recv(2**16).split(b" ")[1] in (b"400", b"431")
-
-
-def stored(service: Service, video_id: str) -> VideoRecord:
-    return VideoRecord.model_validate_json((Path(service.store) / f"videos/{video_id}/record.t1.json").read_bytes())
