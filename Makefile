@@ -11,8 +11,11 @@ demo: $(VENV)/run.stamp  ## start the service, stream one video into video.mp4, 
 serve: $(VENV)/run.stamp  ## serve the demo model on port 8000 until interrupted
 	$(BIN)/helios serve
 
+# One more than there are cores, of up to four: a tenth of the tests' time is waiting.
+WORKERS := $(shell python3 -c 'import os; print(min(os.cpu_count() + 1, 4))')
+
 test: $(VENV)/dev.stamp  ## all tests: those in one process side by side, then those that start Ray
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not ray"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not ray"
 	$(BIN)/python -m pytest -m ray tests/deployments tests/faults
 
 check: $(VENV)/dev.stamp  ## formatting, lint, types, and beside them the tests

@@ -6,7 +6,7 @@ socket: 2 MB at most, whatever the size of fragments; and for all viewers of run
 (deployments/watching.py; those here are small). (Behind Serve's own proxy there is no such bound: it takes all
 that the ingress has, as fast as it can.)
 
-`STALL_SECONDS=60` has them wait for a minute instead of 15 s (`make faults`).
+`STALL_SECONDS=60` has them wait for a minute instead of 8 s (`make faults`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.ray
 VIEWERS = 16
 FRAGMENTS, FRAGMENT_BYTES = 48, 2**20
 BOUND = 2 * 2**20  # bytes
-STALL_SECONDS = float(os.environ.get("STALL_SECONDS", "15"))
+STALL_SECONDS = float(os.environ.get("STALL_SECONDS", "8"))
 IDLE_SECONDS = round(1.5 * STALL_SECONDS) + 5  # for which viewers may stall
 
 

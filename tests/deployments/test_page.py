@@ -397,8 +397,7 @@ def axe(npm: Npm) -> str:
     return (npm(AXE) / "node_modules/axe-core/axe.min.js").read_text()
 
 
-@pytest.mark.parametrize("colors", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize(("width", "colors"), [(1280, "dark"), (390, "light")])
 def test_it_is_for_everybody(enter: Enter, finished: str, axe: str, width: int, colors: str) -> None:
     """axe-core finds nothing serious, nothing is wider than the window, and the keyboard reaches every control: with
     an error beside its field, while a video is made, and when it is whole. `build/page/` has the pictures."""

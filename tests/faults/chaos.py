@@ -24,7 +24,6 @@ from deployments.config import free_port
 from tests.faults.scenarios import SCENARIOS, Scenario, Trial, trial, undisturbed
 from tests.faults.service import Service, serving
 
-UNDISTURBED = 3  # runs
 TRIES = 4  # for each trial that counts, at most
 
 
@@ -39,7 +38,7 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
 
 
 def run(service: Service, name: str, scenario: Scenario, trials: int, videos: int) -> dict[str, Any]:
-    calm = [pause for _ in range(UNDISTURBED) for pause in undisturbed(service, scenario, videos)]
+    calm = undisturbed(service, scenario, videos)
     tried: list[Trial] = []
     for seed in range(TRIES * trials):
         tried.append(trial(service, scenario, seed, videos))

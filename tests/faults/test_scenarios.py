@@ -16,6 +16,7 @@ LEFT = {
     "all samplers are killed",
     "the VAE decoder is told to end",
     "the text encoder is told to end",
+    "the Director is told to end",
     "the ingress is told to end",
     "one sampler's work hangs",
     "the VAE decoder stops",
