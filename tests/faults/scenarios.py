@@ -320,7 +320,7 @@ def _longest_pause(scenario: Scenario, streamed: Streamed) -> float:
 def _assert_nothing_is_left(service: Service, memory: int, descriptors: dict[int, int]) -> None:
     """`memory`: bytes in the object store before; `descriptors`: how many each process had then that met no fault. It
     must be there still: a dead replica shall take no healthy one along."""
-    service.stream(body(0, chunks=1, size="64x64"))  # Serve's router may hold a lost call's arguments until the next call
+    service.stream(body(0, chunks=1, size="64x64"))  # Serve may hold the arguments of a lost call until the next one
     global_gc()
     try:
         wait_until(lambda: object_store_bytes() <= memory)

@@ -15,9 +15,9 @@ def read(name: str) -> str:
 
 
 def shown(name: str, kind: str) -> dict[str, str]:
-    """What shows each numbered row of a document's table, by the row: R1, S3, …"""
+    """What shows each numbered row of a document's first table, by the row: R1, S3, …"""
     rows = [line.split("|")[1:-1] for line in read(name).splitlines() if re.match(rf"\| {kind}\d", line)]
-    return {row: cells[-1] for cells in rows for row in re.findall(rf"{kind}\d+", cells[0])}
+    return {row: cells[-1] for cells in reversed(rows) for row in re.findall(rf"{kind}\d+", cells[0])}
 
 
 def test_each_test_that_security_names_is_there() -> None:
