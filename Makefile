@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export PROMPT ?= a red sun over a blue sea, drifting left
 
-.PHONY: demo serve test check lint format figures faults chaos soak fuzz demo-scores fidelity demo-checkpoint manifests sbom autoscaling load plan-check
+.PHONY: demo serve test test-ray test-model check lint format figures faults chaos soak fuzz demo-scores fidelity demo-checkpoint manifests sbom autoscaling load plan-check
 
 demo: $(VENV)/run.stamp  ## start the service, stream one video into video.mp4, stop
 	$(BIN)/helios demo "$$PROMPT" -o video.mp4
@@ -11,12 +11,18 @@ demo: $(VENV)/run.stamp  ## start the service, stream one video into video.mp4, 
 serve: $(VENV)/run.stamp  ## serve the demo model on port 8000 until interrupted
 	$(BIN)/helios serve
 
-# One more than there are cores, of up to four: a tenth of the tests' time is waiting.
-WORKERS := $(shell python3 -c 'import os; print(min(os.cpu_count() + 1, 4))')
+# Those of the model itself only compute, and know no time: they take what tests with Ray leave, who wait for most of it.
+OF_THE_MODEL = tests/demo tests/parity
 
 test: $(VENV)/dev.stamp  ## all tests: those in one process side by side, then those that start Ray
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not ray"
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not ray" $(addprefix --ignore ,$(OF_THE_MODEL))
+	$(MAKE) --jobs 2 test-ray test-model
+
+test-ray: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -m ray tests/deployments tests/faults
+
+test-model: $(VENV)/dev.stamp
+	nice -n 19 $(BIN)/python -m pytest $(OF_THE_MODEL)
 
 check: $(VENV)/dev.stamp  ## formatting, lint, types, and beside them the tests
 	$(MAKE) --jobs 2 lint test

@@ -10,8 +10,13 @@ from tests.faults.service import Service
 pytestmark = pytest.mark.ray
 
 VIDEOS = 2
-# Left to `make chaos`: they take 20 s of Serve's patience, or are of the kind of another one.
+# Left to `make chaos`: they take long, or are of the kind of another one.
 LEFT = {
+    "the VAE decoder's weights become NaN",
+    "one sampler gets no more memory",
+    "the Director stops",
+    "Serve's controller is killed",
+    "Serve's controller stops for a while",
     "one sampler is killed, another is idle",
     "all samplers are killed",
     "the VAE decoder is told to end",
