@@ -14,7 +14,7 @@ serve: $(VENV)/run.stamp  ## serve the demo model on port 8000 until interrupted
 # Those of the model itself only compute, and know no time: they take what tests with Ray leave, who wait for most of it.
 OF_THE_MODEL = tests/demo tests/parity
 
-test: $(VENV)/dev.stamp  ## all tests: those in one process side by side, then those that start Ray
+test: $(VENV)/dev.stamp  ## all tests: those in one process side by side, then those of the model beside those with Ray
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not ray" $(addprefix --ignore ,$(OF_THE_MODEL))
 	$(MAKE) --jobs 2 test-ray test-model
 

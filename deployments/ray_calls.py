@@ -232,8 +232,8 @@ def log_folder() -> str:
 def errors_told_apart() -> Iterator[None]:
     """The one place where it is decided what a failed call means, and so whether it may be made again.
 
-    HeliosError: an error of our own, as it was raised in the replica; OutOfMemory also for a MemoryError outside of
-    what computes.
+    HeliosError: an error of our own, as it was raised in the replica, or OutOfMemory for a MemoryError outside of what
+    computes. Never again, but for Spoilt work: once.
     ReplicaLost: the replica died or was taken away; its inputs are sound. Again, with the same.
     InputLost: a reference among the arguments leads nowhere. Again, with inputs from the store.
     asyncio.CancelledError: our own caller was cancelled. Anything else is a bug, and leaves as Ray raised it.

@@ -3,7 +3,7 @@
 const BASE = new URL("v1/", document.baseURI);
 const AGAIN_MS = 1000;
 
-/** An answer that is no success. `param`: the field at fault, if there is one; `status`: 0 if nothing answered. */
+/** An answer that is no success. `param`: the field at fault, if there is one; `status`: 0 if the service did not answer. */
 export class ApiError extends Error {
   constructor(status, { message, param = null, code = null }) {
     super(message);
@@ -43,7 +43,7 @@ export async function call(method, path, body) {
   const answer = await response.json().catch(() => ({}));
   if (answer.error?.code === "unauthorized" || answer.error?.code === "forbidden") heard.dispatchEvent(new Event("keyless"));
   if (!response.ok) {
-    // Without an error of the service's it was what stands before it, which knows of no video, whatever it says.
+    // Without an error of the service's it was what stands before it that answered.
     const status = answer.error ? response.status : 0;
     throw new ApiError(status, answer.error ?? { message: `the service answered with ${response.status}` });
   }

@@ -117,7 +117,7 @@ async def test_a_replica_whose_weights_went_bad_ends_itself(
 async def test_a_replica_that_computes_something_else_ends_itself_when_anything_fails(
     parts: Parts, part: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As of a memory that lost a bit of a few weights: all of it is finite."""
+    """Its weights are others than they were, and everything is finite."""
     with torch.no_grad():
         for parameter in parts.weights[part].parameters():
             parameter *= 0.8

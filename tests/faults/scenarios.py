@@ -36,6 +36,7 @@ from helios_core.checkpoints import Checkpoint
 from tests.deployments.line import Line
 from tests.faults.service import (
     CHUNK_SECONDS,
+    PATIENCE_S,
     REPLICAS,
     SERVES_OWN,
     Body,
@@ -84,7 +85,7 @@ def terminated(process: psutil.Process) -> None:
 
 
 def hung(process: psutil.Process) -> None:
-    """The thread that computes stands still, as if a kernel of its GPU did not end; the process goes on answering."""
+    """A sampler whose thread that computes stands still, as if a kernel of its GPU did not end, and which answers."""
 
     def computing(_: object) -> tuple[int, list[int]]:
         threads = [thread.native_id for thread in threading.enumerate() if thread.name.startswith("sampler")]
@@ -94,7 +95,7 @@ def hung(process: psutil.Process) -> None:
     (thread,) = dict(there)[process.pid]
     stands = threading.Event()
     threading.Thread(target=_hold, args=(thread, stands.set), daemon=True).start()
-    assert stands.wait(PAUSED_S), f"thread {thread} of {process} could not be stopped"
+    assert stands.wait(PATIENCE_S), f"thread {thread} of {process} could not be stopped"
 
 
 def _hold(thread: int, holds: Callable[[], None]) -> None:
@@ -253,6 +254,8 @@ def undisturbed(service: Service, scenario: Scenario, videos: int) -> list[float
 
 
 def trial(service: Service, scenario: Scenario, seed: int, videos: int) -> Trial:
+    """One trial of a scenario, of which `seed` chooses victim and moment, with `videos` streams if it has not fewer.
+    Raises AssertionError if the service is not whole at its beginning; what is wrong later is told by the Trial."""
     service.wait_until_whole()
     global_gc()
     rng = random.Random(f"{scenario.role} {seed}")

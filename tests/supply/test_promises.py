@@ -17,6 +17,7 @@ def read(name: str) -> str:
 def shown(name: str, kind: str) -> dict[str, str]:
     """What shows each numbered row of a document's first table, by the row: R1, S3, …"""
     rows = [line.split("|")[1:-1] for line in read(name).splitlines() if re.match(rf"\| {kind}\d", line)]
+    # Later tables have such rows, too: of each the first counts.
     return {row: cells[-1] for cells in reversed(rows) for row in re.findall(rf"{kind}\d+", cells[0])}
 
 
